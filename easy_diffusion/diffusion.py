@@ -15,7 +15,7 @@ The step back from x_t to x_{t-1} is a Gaussian, too. Its variance is known betw
     variance="fixed_small":  beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)     right if the data is one point
     variance="fixed_large":  beta_t                                               right if the data is N(0, I)
 
-The file needs torch, and schedule.py for its example.
+The file needs torch and, beside it, samplers.py (for Prediction alone); its example also schedule.py.
 
 >>> from .schedule import NoiseSchedule
 >>> diffusion = GaussianDiffusion(NoiseSchedule.cosine(1000), predicts="v")
@@ -26,21 +26,12 @@ torch.Size([8])
 torch.Size([8, 3, 16, 16])
 """
 
-from typing import NamedTuple
-
 import torch
+
+from .samplers import Prediction
 
 PREDICTS = ("noise", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large")
-
-
-class Prediction(NamedTuple):
-    """What a denoiser says about x_t [B, C, H, W]: the picture and the noise in it, both [B, C, H, W], and the
-    logarithm of the variance of the step to t - 1, [B, 1, 1, 1]."""
-
-    x0: torch.Tensor
-    noise: torch.Tensor
-    log_variance: torch.Tensor | None = None
 
 
 class GaussianDiffusion:

@@ -28,7 +28,8 @@ import torch
 
 
 class Prediction(NamedTuple):
-    """As in diffusion.py: x0 and noise [B, C, H, W], and the log-variance of the step to t - 1 or None."""
+    """What a denoiser says about x_t [B, C, H, W]: the picture and the noise in it, both [B, C, H, W], and the
+    logarithm of the variance of the step to t - 1, [B, 1, 1, 1] (None: the lower bound, DDPM's fixed_small)."""
 
     x0: torch.Tensor
     noise: torch.Tensor
@@ -92,21 +93,28 @@ def ddpm_step(schedule, prediction, x_t: torch.Tensor, t: int, s: int, z: torch.
     """From x_t to x_s with noise z, all [B, C, H, W].
 
     prediction.log_variance belongs to the single step from t to t - 1. For a longer jump the variance lies between this
-    jump's bounds at the place where that one lies between its own (None: at the lower bound).
+    jump's bounds, beta (1 - a_s) / (1 - a_t) and beta, where that one lies between its own.
     """
     a_t, a_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     beta = 1 - a_t / a_s
     mean = math.sqrt(a_s) * beta / (1 - a_t) * prediction.x0 + math.sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t) * x_t
     if s < 0:
         return mean
-    low, high = math.log(beta * (1 - a_s) / (1 - a_t)), math.log(beta)
-    if prediction.log_variance is None:
+    low, high = _log_variance_bounds(schedule, t, s)
+    log_variance = prediction.log_variance
+    if log_variance is None:
         return mean + math.exp(low / 2) * z
-    a_before = schedule.alpha_bar(t - 1)
-    single = math.log(1 - a_t / a_before)
-    single_low = single + math.log((1 - a_before) / (1 - a_t))
-    place = (prediction.log_variance.double() - single_low) / (single - single_low)
-    return mean + torch.exp((low + place * (high - low)) / 2).to(z.dtype) * z
+    if s < t - 1:
+        low_1, high_1 = _log_variance_bounds(schedule, t, t - 1)
+        log_variance = low + (log_variance - low_1) / (high_1 - low_1) * (high - low)
+    return mean + torch.exp(log_variance / 2) * z
+
+
+def _log_variance_bounds(schedule, t, s):
+    """Of the jump from t to s ≥ 0: log(beta (1 - a_s) / (1 - a_t)) and log(beta)."""
+    a_t, a_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
+    high = math.log(1 - a_t / a_s)
+    return high + math.log((1 - a_s) / (1 - a_t)), high
 
 
 def ddim_step(schedule, prediction, x_t: torch.Tensor, t: int, s: int, z: torch.Tensor, eta: float) -> torch.Tensor:

@@ -1,0 +1,29 @@
+# make demo        the dish's picture and GIF into out/      (make demo NAME=土豆炒青椒 MOVE=right)
+# make test        all tests, offline
+# make notebooks   executes the notebooks and keeps their pictures
+# make bench       prints the benchmarks and writes benchmarks/README.md
+NAME ?= 番茄炒鸡蛋
+MOVE ?= zoom-out
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test notebooks bench
+demo: .venv/ready
+	$(BIN)/python -m easy_diffusion.demo $(NAME) --move $(MOVE)
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+notebooks: .venv/ready
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace ipynb/*.ipynb
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
+# The stamp is written last: an installation that broke off is begun again, and a changed list is installed.
+.venv/ready: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed, this is %d.%d' % sys.version_info[:2] if sys.version_info < (3, 10) else 0)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch .venv/ready

@@ -1,0 +1,94 @@
+"""Everything a run must remember, in one safetensors file; no pickle, written to the side and renamed.
+
+A checkpoint is a tree of dicts and lists whose leaves are tensors, numbers, strings, booleans or None, which is what
+`state_dict()` of networks and optimizers returns. The tensors become the file's tensors; the tree around them becomes
+JSON in the file's header, with {"tensor": name} where a tensor stood. Whoever reads the file while it is replaced sees
+the old one or the new one, never half of one. The file needs torch and safetensors.
+
+>>> import tempfile, os
+>>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+>>> save(path, {"step": 7, "network": torch.nn.Linear(2, 3).state_dict()})
+>>> tree = load(path)
+>>> tree["step"], tuple(tree["network"]["weight"].shape)
+(7, (3, 2))
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+HEADER = "easy_diffusion"
+
+
+def save(path, tree) -> None:
+    """Write a tree of tensors and plain values. Raises TypeError for a leaf of another kind, naming its place."""
+    path, tensors = Path(path), {}
+    skeleton = _take_apart(tree, tensors, "")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, beside, metadata={HEADER: json.dumps(skeleton, ensure_ascii=False)})
+        with open(beside, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(path, device="cpu"):
+    """The tree that `save` was given, its tensors on `device`.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or was not written by `save`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = (file.metadata() or {}).get(HEADER)
+            if header is None:
+                raise ValueError(f"{path} is a safetensors file, but not one that easy_diffusion wrote")
+            return _put_together(json.loads(header), file)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def load_into(module: torch.nn.Module, state: dict) -> None:
+    """module.load_state_dict, after one error (ValueError) that names all tensors that are missing, unknown or misshapen."""
+    own = module.state_dict()
+    wrong = [f"missing: {name} {tuple(own[name].shape)}" for name in own.keys() - state.keys()]
+    wrong += [f"unknown: {name} {tuple(state[name].shape)}" for name in state.keys() - own.keys()]
+    wrong += [f"shape of {name}: {tuple(state[name].shape)} in the checkpoint, {tuple(own[name].shape)} in the network"
+              for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if wrong:
+        raise ValueError(f"the checkpoint is of another {type(module).__name__}:\n  " + "\n  ".join(sorted(wrong)))
+    module.load_state_dict(state)
+
+
+def _take_apart(node, tensors, place):
+    if isinstance(node, torch.Tensor):
+        name = place or "tensor"
+        tensors[name] = node.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(node, dict):          # as a list of pairs: JSON's own keys could only be strings
+        return {"dict": [[key, _take_apart(value, tensors, f"{place}.{key}".strip("."))] for key, value in node.items()]}
+    if isinstance(node, (list, tuple)):
+        if all(isinstance(value, (int, float)) for value in node):
+            return list(node)
+        return [_take_apart(value, tensors, f"{place}.{i}".strip(".")) for i, value in enumerate(node)]
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    raise TypeError(f"a checkpoint holds tensors, numbers and text; at {place!r} there is a {type(node).__name__}")
+
+
+def _put_together(node, file):
+    if isinstance(node, list):
+        return [_put_together(value, file) for value in node]
+    if isinstance(node, dict) and "tensor" in node:
+        return file.get_tensor(node["tensor"])
+    if isinstance(node, dict):
+        return {key: _put_together(value, file) for key, value in node["dict"]}
+    return node

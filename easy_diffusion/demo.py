@@ -1,0 +1,218 @@
+"""From a dish's name to a moving picture, by one command: python -m easy_diffusion.demo 番茄炒鸡蛋 --move right
+
+The first run draws dishes into a store, trains a network on them from scratch and remembers it; a later run, or one after
+a crash, goes on from there. Then it samples the dish, repaints what the camera's move uncovers, and writes into `out/`:
+
+    <name>_<move>.gif      the dish, moving
+    <name>.png             the dish
+    held_out.png           held-out dishes, sampled (left) beside a real drawing (right): combinations it never saw
+    loss.png               the loss of the training
+
+This file is the roof of the house: it imports from everywhere, and nothing imports it but notebooks and benchmarks.
+
+>>> network, encoder, diffusion = build("番茄炒鸡蛋")
+>>> sample(network, encoder, diffusion, ["番茄炒鸡蛋"], steps=2, size=32).shape
+(1, 32, 32, 3)
+"""
+
+import argparse
+import itertools
+import random
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from datasets import lmdb_store
+from datasets.dishes import Dishes, dish_names, draw
+
+from . import checkpoint as files
+from .animate import animate, contact_sheet, write_atomically, write_gif, write_png
+from .camera import MOVES
+from .diffusion import GaussianDiffusion, logit_normal_timesteps
+from .inpaint import repaint
+from .samplers import clipped, ddim, guided
+from .schedule import NoiseSchedule
+from .text import CharacterEncoder
+from .train import fast_precision, train
+from .unet import UNet
+
+BATCH, LEARNING_RATE, EMA, DECAY, DISHES = 32, 1e-3, 0.998, 0.5, 20_000
+
+
+def build(characters: str):
+    """The demo's network, encoder of those characters and diffusion: small enough for two CPU cores."""
+    encoder = CharacterEncoder(characters, dim=128, layers=2)
+    network = UNet(channels=(64, 128), blocks=2, heads=2, patch=4, context_dim=encoder.dim, pooled=True)
+    return network, encoder, GaussianDiffusion(NoiseSchedule.cosine(1000), predicts="v")
+
+
+def prepare(folder: Path, count: int, size: int) -> lmdb_store.ImageCaptionStore:
+    """The store of `count` drawn dishes; whatever is there already is kept."""
+    dishes = Dishes(count, size)
+    done = lmdb_store.count(folder)
+    if done < count:
+        missing = torch.utils.data.Subset(dishes, range(done, count))
+        drawn = torch.utils.data.DataLoader(missing, batch_size=None, num_workers=2)
+        bar = tqdm(lmdb_store.append(folder, drawn), initial=done, total=count, desc="drawing dishes", unit="dish")
+        for _ in bar:
+            pass
+    return lmdb_store.ImageCaptionStore(folder)
+
+
+def fit(network, encoder, diffusion, store, checkpoint: Path, minutes: float):
+    """Train, with a progress bar, and return the EMA's network and encoder; at once if the checkpoint is complete."""
+    loader = torch.utils.data.DataLoader(store, BATCH, shuffle=True, drop_last=True)
+    training = train(network, diffusion, loader, encoder, minutes=minutes, steps=10 ** 7, learning_rate=LEARNING_RATE, ema=EMA,
+                     decay=DECAY, timesteps=logit_normal_timesteps, checkpoint=checkpoint)
+    with tqdm(total=100, desc="training", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}") as bar:
+        for step in training:
+            left = step.seconds * (1 / step.progress - 1) if step.progress else 0
+            bar.n = 100 * step.progress
+            bar.set_postfix_str(f"step {step.index}, loss {step.smooth_loss:.4f}, {step.pictures_per_second:.0f} pictures/s, "
+                                f"{left / 60:.1f} min left", refresh=False)
+            bar.update(0)
+    saved = files.load(checkpoint)
+    average = torch.nn.ModuleDict({"network": network, "encoder": encoder})
+    files.load_into(average, saved["average"])
+    average.eval()
+    return network, encoder, saved["losses"]
+
+
+def autocast(device):
+    """Half precision for sampling, where this machine computes in it."""
+    device = torch.device(device).type
+    return torch.autocast(device, torch.float16 if fast_precision() == "fp16" else torch.bfloat16, enabled=fast_precision() != "no")
+
+
+@torch.no_grad()
+def guided_denoiser(network, encoder, diffusion, names: list[str], guidance: float):
+    """The denoiser of these dishes: guided, clipped, in half precision where that is faster."""
+    with autocast(next(network.parameters()).device):
+        text, nothing = encoder(names), encoder([""])
+    denoise = guided(diffusion.denoiser(network, *text), diffusion.denoiser(network, *nothing), guidance)
+    denoise = clipped(denoise, diffusion.schedule)
+
+    def denoise_fast(x_t, t):
+        with autocast(x_t.device):
+            return denoise(x_t, t)
+
+    return denoise_fast
+
+
+def sample(network, encoder, diffusion, names: list[str], size: int = 64, steps: int = 25, guidance: float = 2.0, seed: int = 0,
+           bar: bool = False) -> np.ndarray:
+    """One picture for each name by DDIM, uint8 [B, size, size, 3]."""
+    denoise = guided_denoiser(network, encoder, diffusion, names, guidance)
+    walk = ddim(denoise, diffusion.schedule, (len(names), 3, size, size), steps, generator=torch.Generator().manual_seed(seed),
+                device=next(network.parameters()).device)
+    *_, last = tqdm(walk, total=steps, desc=f"sampling {len(names)} dishes", unit="step", disable=not bar)
+    return to_uint8(last.x)
+
+
+def to_uint8(x: torch.Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] → uint8 [B, H, W, 3]."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def painter(network, encoder, diffusion, name: str, steps: int = 25, guidance: float = 2.0, seed: int = 0, bar: bool = False):
+    """A function (picture uint8 [H, W, 3], mask bool [H, W]) → picture that repaints the mask with the dish of that name."""
+    device = next(network.parameters()).device
+    denoise = guided_denoiser(network, encoder, diffusion, [name], guidance)
+    generator = torch.Generator().manual_seed(seed)
+
+    def paint(picture, mask):
+        x0 = torch.from_numpy(picture).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
+        walk = repaint(denoise, diffusion.schedule, x0, torch.from_numpy(mask)[None, None].to(device), steps, generator=generator)
+        *_, last = tqdm(walk, desc="repainting what the camera uncovers", unit="step", disable=not bar, leave=False)
+        return np.where(mask[..., None], to_uint8(last.x)[0], picture)
+
+    return paint
+
+
+def held_out_sheet(network, encoder, diffusion, size: int, guidance: float, count: int = 12):
+    """Held-out dishes, each as sampled and as drawn."""
+    names = random.Random(0).sample(dish_names("held_out"), count)
+    sampled = sample(network, encoder, diffusion, names, size, guidance=guidance, bar=True)
+    real = [draw(name, size, seed=1).transpose(1, 2, 0) for name in names]
+    return contact_sheet([list(pair) for pair in zip(sampled, real)], names, columns=3)
+
+
+def loss_curve(path: Path, losses: list[float]) -> None:
+    """The loss of each step and its mean over 100 steps."""
+    import io
+
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(losses, color="lightgrey", linewidth=0.5, label="each step")
+    axes.plot(np.arange(99, len(losses)), np.convolve(losses, np.ones(100) / 100, "valid"), label="mean of 100")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"training, {len(losses)} steps")
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
+
+
+def main(arguments=None) -> int:
+    """Draw, train, sample, animate; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m easy_diffusion.demo", description=main.__doc__,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    minutes = 2.5 if torch.cuda.is_available() else 10.0
+    parser.add_argument("name", nargs="?", default="番茄炒鸡蛋", help="the Chinese name of a dish, such as 土豆牛肉汤 or 砂锅茄子豆腐")
+    parser.add_argument("--move", choices=MOVES, default="zoom-out", help="the camera's move")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="the folder of the pictures, the drawn dishes and the checkpoint")
+    parser.add_argument("--minutes", type=float, default=minutes, help="of training; a finished training is not repeated")
+    parser.add_argument("--dishes", type=int, default=DISHES, help="drawn for the training")
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures that the network learns, a multiple of 8")
+    parser.add_argument("--steps", type=int, default=25, help="of DDIM for a sample, and noise levels of a repaint")
+    parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument("--repaints", type=int, default=4, help="how often the camera moves on to something unpainted")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of the GIF")
+    parser.add_argument("--fps", type=int, default=15, help="frames a second of the GIF")
+    parser.add_argument("--show", type=int, default=256, help="side of the GIF in pixels; small pictures are enlarged")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise that becomes the dish: another seed, another picture")
+    options = parser.parse_args(arguments)
+    if options.size % 8 or not 32 <= options.size <= 512:
+        parser.error(f"--size is a multiple of 8 from 32 to 512, not {options.size}")
+    if not options.name:
+        parser.error("the name of the dish is empty")
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    start = time.perf_counter()
+    torch.manual_seed(0)
+
+    characters = "".join(sorted(set("".join(dish_names("train")))))
+    network, encoder, diffusion = build(characters)
+    device = "cuda" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
+    weights = sum(parameter.numel() for parameter in itertools.chain(network.parameters(), encoder.parameters()))
+    print(f"{options.name}, {options.move}: {weights / 1e6:.1f} M weights on {device}; everything goes to {options.out}/", flush=True)
+    store = prepare(options.out / f"dishes_{options.size}", options.dishes, options.size)
+    network, encoder, losses = fit(network, encoder, diffusion, store, options.out / f"model_{options.size}.safetensors", options.minutes)
+    sheet, curve = options.out / "held_out.png", options.out / "loss.png"
+    newest = (options.out / f"model_{options.size}.safetensors").stat().st_mtime
+    if not curve.exists() or curve.stat().st_mtime < newest:
+        loss_curve(curve, losses)
+    if not sheet.exists() or sheet.stat().st_mtime < newest:
+        write_png(sheet, held_out_sheet(network, encoder, diffusion, options.size, options.guidance))
+
+    dish = sample(network, encoder, diffusion, [options.name], options.size, options.steps, options.guidance, options.seed, bar=True)[0]
+    write_png(options.out / f"{options.name}.png", contact_sheet([[dish]], [options.name], columns=1, side=options.show))
+    paint = painter(network, encoder, diffusion, options.name, options.steps, options.guidance, options.seed, bar=True)
+    film = animate(dish, options.move, paint, options.repaints, options.seconds, options.fps, (options.show, options.show))
+    gif = options.out / f"{options.name}_{options.move}.gif"
+    write_gif(gif, film, options.fps)
+    for path in (gif, options.out / f"{options.name}.png", sheet, curve):
+        print(f"wrote {path}")
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

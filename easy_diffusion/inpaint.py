@@ -1,0 +1,79 @@
+"""Repainting a part of a picture with a model that only knows how to paint whole ones: RePaint.
+
+At every step down from t to s, what is known is put back at the right level of noise, and only the rest is the model's:
+
+    x_s = mask · step(x_t) + (1 - mask) · (signal_s x0 + noise_s ε)
+
+Alone, this gives parts that do not fit each other, because the model cannot answer to what was pasted in. So the walk goes
+back up, x_u = sqrt(a_u / a_s) x_s + sqrt(1 - a_u / a_s) ε with a = alpha_bar, and down again, several times, and the two
+parts grow together (Lugmayr et al., "RePaint", 2022, algorithm 1 and appendix B). The file needs torch and, beside it,
+samplers.py; its example also schedule.py.
+
+>>> from .schedule import NoiseSchedule
+>>> grey = lambda x_t, t: Prediction(torch.zeros_like(x_t), x_t)
+>>> picture, mask = torch.ones(1, 3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+>>> mask[..., 4:] = True
+>>> *_, last = repaint(grey, NoiseSchedule.cosine(100), picture, mask, steps=10, jump=2, resamples=2)
+>>> last.x[0, 0, 0].tolist()
+[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from .samplers import Prediction, Step, ddpm_step, normal_noise, spaced_timesteps  # noqa: F401 (Prediction: the example)
+
+
+def repaint_levels(steps: int, jump: int, resamples: int) -> list[int]:
+    """The walk of RePaint over noise levels steps - 1 (noisiest) … 0 and -1 (clean), one level at a time.
+
+    Whenever it first reaches one of the levels 0, jump, 2 jump ..., it climbs back `jump` levels, resamples - 1 times.
+    The first level is steps - 1, the last -1. Raises ValueError unless 1 ≤ jump and 1 ≤ resamples.
+    """
+    if jump < 1 or resamples < 1:
+        raise ValueError(f"jump and resamples are 1 or more, not {jump} and {resamples}")
+    climbs = {level: resamples - 1 for level in range(0, steps - jump, jump)}
+    level, levels = steps - 1, [steps - 1]
+    while level >= 0:
+        if climbs.get(level, 0) > 0:
+            climbs[level] -= 1
+            levels += range(level + 1, level + jump + 1)
+            level += jump
+        else:
+            level -= 1
+            levels.append(level)
+    return levels
+
+
+@torch.no_grad()
+def repaint(denoise, schedule, picture: torch.Tensor, mask: torch.Tensor, steps: int = 50, jump: int = 5, resamples: int = 4,
+            generator=None) -> Iterator[Step]:
+    """Repaint where mask is True; yields a Step for each call of the denoiser, the last one's x is the picture.
+
+    picture [B, C, H, W] in [-1, 1]; mask bool [B or 1, 1, H, W]. Outside the mask the last x is the picture, exactly.
+    steps: noise levels; jump, resamples: see `repaint_levels`. Raises ValueError for a mask of another shape or type.
+    """
+    fits = mask.ndim == 4 and mask.shape[0] in (1, len(picture)) and mask.shape[1:] == (1, *picture.shape[2:])
+    if mask.dtype != torch.bool or not fits:
+        raise ValueError(f"for pictures {list(picture.shape)} a mask is bool [{len(picture)} or 1, 1, {picture.shape[2]}, "
+                         f"{picture.shape[3]}], not {mask.dtype} {list(mask.shape)}")
+    timesteps = spaced_timesteps(len(schedule), steps)[::-1]                # level → t
+
+    def noise():
+        return normal_noise(picture.shape, generator, picture.device, picture.dtype)
+
+    x, index = noise(), 0
+    levels = repaint_levels(steps, jump, resamples)
+    for level, following in zip(levels, levels[1:]):
+        t, s = timesteps[level], timesteps[following] if following >= 0 else -1
+        a_t, a_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
+        if s > t:
+            x = math.sqrt(a_s / a_t) * x + math.sqrt(1 - a_s / a_t) * noise()
+            continue
+        prediction = denoise(x, torch.full((len(x),), t, device=x.device))
+        known = math.sqrt(a_s) * picture + math.sqrt(1 - a_s) * noise() if s >= 0 else picture
+        x = torch.where(mask, ddpm_step(schedule, prediction, x, t, s, noise()), known)
+        yield Step(index, t, x, torch.where(mask, prediction.x0, picture))
+        index += 1

@@ -1,0 +1,160 @@
+"""The training loop, as a generator: it yields every step, and the caller draws, logs or stops.
+
+Each step takes a batch, picks a timestep for each picture, adds that much noise and asks the network about it
+(Ho et al. 2020, algorithm 1). Around that stand four habits that make it work:
+
+    caption dropout   some captions become "", so that the same network also learns what «nothing» looks like
+                      (Ho & Salimans 2022, algorithm 1)
+    EMA               a second set of weights follows the first slowly: ema += (1 - d) (weights - ema), d = min(decay,
+                      (1 + step) / (10 + step)); it is the one to sample from (Song et al. 2021, appendix C)
+    warm-up, decay    AdamW's rate rises over the first steps and falls to zero over the last part of the run
+    AdamW, then SGD   when the loss has stopped falling, plain SGD at a tiny rate settles the weights
+
+accelerate places the work on CPU or GPU and does the mixed precision. The file needs torch, accelerate and, beside it,
+checkpoint.py; its example also schedule.py, samplers.py and diffusion.py.
+
+>>> from .schedule import NoiseSchedule
+>>> from .diffusion import GaussianDiffusion
+>>> class Network(torch.nn.Conv2d):
+...     def forward(self, x_t, t, context, mask): return super().forward(x_t)
+>>> pictures = [(torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8), ["红", "绿", "蓝", "白"])]
+>>> diffusion = GaussianDiffusion(NoiseSchedule.linear(100))
+>>> [step.index for step in train(Network(3, 3, 1), diffusion, pictures, steps=3)]
+[0, 1, 2]
+"""
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from . import checkpoint as files
+
+
+class TrainingStep(NamedTuple):
+    """One step: its number, its loss and what a progress bar wants to say; network and encoder are the EMA's."""
+
+    index: int
+    loss: float
+    smooth_loss: float
+    learning_rate: float
+    phase: str
+    pictures_per_second: float
+    seconds: float
+    progress: float
+    network: torch.nn.Module
+    encoder: torch.nn.Module | None
+
+
+def fast_precision() -> str:
+    """What accelerate calls mixed_precision, the fastest that this machine has in hardware: "bf16", "fp16" or "no"."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    has = [getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return "bf16" if any(has) else "no"
+
+
+def stopped_falling(losses: list[float], window: int) -> bool:
+    """Whether the mean of the last `window` losses is not below that of the window before by more than its standard error."""
+    if len(losses) < 2 * window:
+        return False
+    last, before = losses[-window:], losses[-2 * window:-window]
+    error = ((statistics.variance(last) + statistics.variance(before)) / window) ** 0.5
+    return statistics.fmean(before) - statistics.fmean(last) < error
+
+
+def uniform(batch: int, steps: int, generator) -> torch.Tensor:
+    """Each timestep as likely; int64 [batch]."""
+    return torch.randint(steps, (batch,), generator=generator, device=generator.device)
+
+
+def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, minutes: float | None = None,
+          learning_rate: float = 1e-4, sgd_learning_rate: float = 1e-6, window: int = 2000, warmup: int = 100,
+          decay: float = 0.4, weight_decay: float = 0.01, ema: float = 0.999, caption_dropout: float = 0.1, clip: float = 1.0,
+          timesteps=uniform, seed: int = 0, checkpoint=None, save_seconds: float = 30,
+          accelerator: Accelerator | None = None) -> Iterator[TrainingStep]:
+    """Train until `steps` steps or `minutes` minutes are over, whichever is first; yields every step.
+
+    loader gives (pictures uint8 [B, C, H, W], captions list[str]), again and again. encoder, if given, is trained with the
+    network. decay: the share of the run over which AdamW's rate falls to zero. timesteps: (batch, T, generator) → int64
+    [batch]. checkpoint: a path, written every save_seconds seconds and at the end; if it is there already, the run goes on
+    from it. Raises ValueError if that file is of another network, FloatingPointError for a loss that is not finite.
+    """
+    accelerator = accelerator or Accelerator(mixed_precision=fast_precision())
+    models = torch.nn.ModuleDict({"network": network} | ({"encoder": encoder} if encoder is not None else {}))
+    average = copy.deepcopy(models).requires_grad_(False).eval().to(accelerator.device)
+    weights = [parameter for parameter in models.parameters() if parameter.requires_grad]
+    adamw = torch.optim.AdamW(weights, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    sgd = torch.optim.SGD(weights, sgd_learning_rate)
+    network, encoder, adamw, sgd = accelerator.prepare(network, encoder, adamw, sgd)
+    if isinstance(loader, torch.utils.data.DataLoader):
+        loader = accelerator.prepare(loader)
+    generator = torch.Generator(accelerator.device).manual_seed(seed)
+    index, phase, losses, before = 0, "adamw", [], 0.0
+    if checkpoint is not None and Path(checkpoint).exists():
+        saved = files.load(checkpoint)
+        files.load_into(models, saved["models"])
+        files.load_into(average, saved["average"])
+        adamw.load_state_dict(saved["adamw"])
+        generator.set_state(saved["generator"])
+        index, phase, losses, before = (saved[key] for key in ("index", "phase", "losses", "seconds"))
+
+    def save():
+        if checkpoint is not None and accelerator.is_main_process:
+            files.save(checkpoint, {"models": models.state_dict(), "average": average.state_dict(), "adamw":
+                       adamw.state_dict(), "generator": generator.get_state(), "index": index, "phase": phase,
+                       "losses": losses, "seconds": seconds})
+
+    def progress():
+        return max(index / steps, seconds / (60 * minutes) if minutes else 0.0)
+
+    start, seconds, saved_at, first = time.perf_counter(), before, before, index
+    smooth = statistics.fmean(losses[-100:]) if losses else None
+    seen, batches = 0, iter(())
+    while progress() < 1:
+        batch = next(batches, None)
+        if batch is None:
+            batches = iter(loader)
+            batch = next(batches)
+        pictures, captions = batch
+        x0 = pictures.to(accelerator.device).float() / 127.5 - 1            # [B, C, H, W] in [-1, 1]
+        t = timesteps(len(x0), len(diffusion.schedule), generator)          # [B]
+        context = mask = None
+        models.train()
+        if encoder is not None:
+            dropped = torch.rand(len(x0), generator=generator, device=generator.device) < caption_dropout
+            context, mask = encoder(["" if drop else caption for drop, caption in zip(dropped, captions)])
+        loss = diffusion.loss(network, x0, t, context, mask, generator).mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {index}; a lower learning_rate than {learning_rate} may help")
+        rate = learning_rate * min(1, (index + 1) / warmup) * min(1, (1 - progress()) / max(decay, 1e-9))
+        optimizer = adamw if phase == "adamw" else sgd
+        if phase == "adamw":
+            for group in adamw.param_groups:
+                group["lr"] = rate
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(weights, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        follow = 1 - min(ema, (1 + index) / (10 + index))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in models.parameters()], follow)
+        losses.append(loss.item())
+        smooth = losses[-1] if smooth is None else 0.98 * smooth + 0.02 * losses[-1]
+        index, seen, seconds = index + 1, seen + len(x0), before + time.perf_counter() - start
+        if phase == "adamw" and index % 100 == 0 and stopped_falling(losses, window):
+            phase = "sgd"
+        if seconds - saved_at > save_seconds:
+            save()
+            saved_at = seconds
+        yield TrainingStep(index - 1, losses[-1], smooth, rate if optimizer is adamw else sgd_learning_rate, phase,
+                           seen / max(seconds - before, 1e-9), seconds, min(progress(), 1.0), average["network"],
+                           average["encoder"] if "encoder" in average else None)
+    if index > first:
+        save()
