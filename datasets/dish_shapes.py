@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 # ---------------------------------------------------------------- shapes of a piece
 # Each takes coordinates u, v (the piece reaches to about 1) and a generator, and returns
 # outline (negative inside), height (≥ 0) and tone, the place in the ingredient's palette: 0, 1, 2 ... .

@@ -16,6 +16,7 @@ This file is the roof of the house: it imports from everywhere, and nothing impo
 """
 
 import argparse
+import io
 import itertools
 import random
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from datasets import lmdb_store
@@ -41,7 +43,7 @@ from .text import CharacterEncoder
 from .train import fast_precision, train
 from .unet import UNet
 
-BATCH, LEARNING_RATE, EMA, DECAY, DISHES = 32, 1e-3, 0.998, 0.5, 20_000
+SIZE, DISHES, BATCH, LEARNING_RATE, EMA, DECAY = 64, 20_000, 16, 1e-3, 0.998, 0.5
 
 
 def build(characters: str):
@@ -64,23 +66,25 @@ def prepare(folder: Path, count: int, size: int) -> lmdb_store.ImageCaptionStore
     return lmdb_store.ImageCaptionStore(folder)
 
 
-def fit(network, encoder, diffusion, store, checkpoint: Path, minutes: float):
-    """Train, with a progress bar, and return the EMA's network and encoder; at once if the checkpoint is complete."""
+def training(network, encoder, diffusion, store, checkpoint: Path | None, minutes: float):
+    """The demo's training, as a generator of steps."""
     loader = torch.utils.data.DataLoader(store, BATCH, shuffle=True, drop_last=True)
-    training = train(network, diffusion, loader, encoder, minutes=minutes, steps=10 ** 7, learning_rate=LEARNING_RATE, ema=EMA,
-                     decay=DECAY, timesteps=logit_normal_timesteps, checkpoint=checkpoint)
+    return train(network, diffusion, loader, encoder, minutes=minutes, steps=10 ** 7, learning_rate=LEARNING_RATE, ema=EMA, decay=DECAY,
+                 timesteps=logit_normal_timesteps, checkpoint=checkpoint, save_seconds=min(30, 3 * minutes))
+
+
+def fit(network, encoder, diffusion, store, checkpoint: Path, minutes: float) -> list[float]:
+    """Train, with a progress bar, and load the EMA's weights into network and encoder; at once if the checkpoint is complete.
+    Returns the loss of each step."""
     with tqdm(total=100, desc="training", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}") as bar:
-        for step in training:
-            left = step.seconds * (1 / step.progress - 1) if step.progress else 0
-            bar.n = 100 * step.progress
+        for step in training(network, encoder, diffusion, store, checkpoint, minutes):
+            left = step.seconds * (1 / step.progress - 1)
             bar.set_postfix_str(f"step {step.index}, loss {step.smooth_loss:.4f}, {step.pictures_per_second:.0f} pictures/s, "
                                 f"{left / 60:.1f} min left", refresh=False)
-            bar.update(0)
+            bar.update(100 * step.progress - bar.n)
     saved = files.load(checkpoint)
-    average = torch.nn.ModuleDict({"network": network, "encoder": encoder})
-    files.load_into(average, saved["average"])
-    average.eval()
-    return network, encoder, saved["losses"]
+    files.load_into(torch.nn.ModuleDict({"network": network, "encoder": encoder}).eval(), saved["average"])
+    return saved["losses"]
 
 
 def autocast(device):
@@ -104,7 +108,7 @@ def guided_denoiser(network, encoder, diffusion, names: list[str], guidance: flo
     return denoise_fast
 
 
-def sample(network, encoder, diffusion, names: list[str], size: int = 64, steps: int = 25, guidance: float = 2.0, seed: int = 0,
+def sample(network, encoder, diffusion, names: list[str], size: int = SIZE, steps: int = 25, guidance: float = 2.0, seed: int = 0,
            bar: bool = False) -> np.ndarray:
     """One picture for each name by DDIM, uint8 [B, size, size, 3]."""
     denoise = guided_denoiser(network, encoder, diffusion, names, guidance)
@@ -144,20 +148,14 @@ def held_out_sheet(network, encoder, diffusion, size: int, guidance: float, coun
 
 def loss_curve(path: Path, losses: list[float]) -> None:
     """The loss of each step and its mean over 100 steps."""
-    import io
-
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     axes.plot(losses, color="lightgrey", linewidth=0.5, label="each step")
     axes.plot(np.arange(99, len(losses)), np.convolve(losses, np.ones(100) / 100, "valid"), label="mean of 100")
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"training, {len(losses)} steps")
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
     write_atomically(path, buffer.getvalue())
 
 
@@ -171,7 +169,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder of the pictures, the drawn dishes and the checkpoint")
     parser.add_argument("--minutes", type=float, default=minutes, help="of training; a finished training is not repeated")
     parser.add_argument("--dishes", type=int, default=DISHES, help="drawn for the training")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures that the network learns, a multiple of 8")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of the pictures that the network learns, a multiple of 8")
     parser.add_argument("--steps", type=int, default=25, help="of DDIM for a sample, and noise levels of a repaint")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1 is none")
     parser.add_argument("--repaints", type=int, default=4, help="how often the camera moves on to something unpainted")
@@ -194,7 +192,7 @@ def main(arguments=None) -> int:
     weights = sum(parameter.numel() for parameter in itertools.chain(network.parameters(), encoder.parameters()))
     print(f"{options.name}, {options.move}: {weights / 1e6:.1f} M weights on {device}; everything goes to {options.out}/", flush=True)
     store = prepare(options.out / f"dishes_{options.size}", options.dishes, options.size)
-    network, encoder, losses = fit(network, encoder, diffusion, store, options.out / f"model_{options.size}.safetensors", options.minutes)
+    losses = fit(network, encoder, diffusion, store, options.out / f"model_{options.size}.safetensors", options.minutes)
     sheet, curve = options.out / "held_out.png", options.out / "loss.png"
     newest = (options.out / f"model_{options.size}.safetensors").stat().st_mtime
     if not curve.exists() or curve.stat().st_mtime < newest:

@@ -48,7 +48,8 @@ class CharacterEncoder(nn.Module):
         unknown = set("".join(captions)) - self.index.keys() - self.warned
         if unknown:
             self.warned |= unknown
-            warnings.warn(f"unknown to this encoder, so without a meaning of their own: {'、'.join(sorted(unknown))}")
+            names = "、".join(sorted(unknown))
+            warnings.warn(f"unknown to this encoder, so without a meaning of their own: {names}", stacklevel=3)
         rows = torch.full((len(captions), len(longest) + 1), self.PADDING)
         for row, caption in zip(rows, captions):
             row[:len(caption) + 1] = torch.tensor([self.START] + [self.index.get(c, self.UNKNOWN) for c in caption])

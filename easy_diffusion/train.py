@@ -24,7 +24,6 @@ checkpoint.py; its example also schedule.py, samplers.py and diffusion.py.
 """
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -79,7 +78,8 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
           decay: float = 0.4, weight_decay: float = 0.01, ema: float = 0.999, caption_dropout: float = 0.1, clip: float = 1.0,
           timesteps=uniform, seed: int = 0, checkpoint=None, save_seconds: float = 30,
           accelerator: Accelerator | None = None) -> Iterator[TrainingStep]:
-    """Train until `steps` steps or `minutes` minutes are over, whichever is first; yields every step.
+    """Train until `steps` steps or `minutes` minutes are over, whichever is first; yields every step. What the caller does
+    between two steps does not count as training time.
 
     loader gives (pictures uint8 [B, C, H, W], captions list[str]), again and again. encoder, if given, is trained with the
     network. decay: the share of the run over which AdamW's rate falls to zero. timesteps: (batch, T, generator) → int64
@@ -153,8 +153,10 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         if seconds - saved_at > save_seconds:
             save()
             saved_at = seconds
+        paused = time.perf_counter()
         yield TrainingStep(index - 1, losses[-1], smooth, rate if optimizer is adamw else sgd_learning_rate, phase,
                            seen / max(seconds - before, 1e-9), seconds, min(progress(), 1.0), average["network"],
                            average["encoder"] if "encoder" in average else None)
+        start += time.perf_counter() - paused                               # the caller's time is not training time
     if index > first:
         save()

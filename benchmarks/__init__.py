@@ -1,0 +1,1 @@
+"""Figures of this project beside its peers': python -m benchmarks.NAME [--quick]."""

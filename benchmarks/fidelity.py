@@ -1,0 +1,96 @@
+"""Fidelity over training minutes, at the demo's settings: python -m benchmarks.fidelity [--quick]
+
+A reader is trained on drawings of all names, and must read new drawings of held-out names fully right in 98 of 100. Then the
+demo's network is trained on the training names alone; at a quarter, a half and the whole of its time it draws held-out and
+trained names with its own sampler, and the reader reads them.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from datasets.dish_shapes import INGREDIENTS
+from datasets.dishes import WAYS, Dishes, attributes, dish_names
+from easy_diffusion import checkpoint, demo
+from easy_diffusion.metrics import Reader, share, train_reader
+from easy_diffusion.train import fast_precision
+
+from .report import finish
+
+LEAST_READER_ACCURACY = 0.98
+
+
+def drawings(count, size, split, seed):
+    """(pictures uint8 [count, 3, size, size], names)"""
+    loader = torch.utils.data.DataLoader(Dishes(count, size, split, seed), 100, num_workers=2)
+    pictures, names = zip(*loader)
+    return torch.cat(pictures), [name for some in names for name in some]
+
+
+def trained_reader(size: int, steps: int, out: Path) -> Reader:
+    """A reader of pictures of this size; kept in `out`, because it only depends on the drawings."""
+    torch.manual_seed(0)
+    reader, path = Reader(INGREDIENTS, WAYS), out / f"reader_{size}_{steps}.safetensors"
+    if path.exists():
+        checkpoint.load_into(reader, checkpoint.load(path))
+        return reader
+    # All pairs, so that the reader is not biased against those that the network has never seen; other seeds than the tests'.
+    (a, names_a), (b, names_b) = drawings(20_000, size, "train", 100), drawings(4_000, size, "held_out", 101)
+    data = list(zip(torch.cat([a, b]), names_a + names_b))
+    loader = torch.utils.data.DataLoader(data, 64, shuffle=True, drop_last=True)
+    losses = train_reader(reader, loader, attributes, steps, bf16=fast_precision() == "bf16")
+    for _ in tqdm(losses, total=steps, desc="training the reader"):
+        pass
+    checkpoint.save(path, reader.state_dict())
+    return reader
+
+
+def fidelity(reader, network, encoder, diffusion, names, size):
+    """The share of names whose sample is read fully right."""
+    pictures = []
+    for start in range(0, len(names), 100):
+        some = demo.sample(network, encoder, diffusion, names[start:start + 100], size, seed=start)
+        pictures.append(torch.from_numpy(some).permute(0, 3, 1, 2))
+    return share(reader.fully_right(torch.cat(pictures), [attributes(name) for name in names]))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few seconds of everything; the figures are not kept")
+    parser.add_argument("--minutes", type=float, default=2.5 if torch.cuda.is_available() else 10.0, help="of training")
+    parser.add_argument("--size", type=int, default=demo.SIZE, help="side of the pictures")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where the drawn dishes and the reader are kept")
+    options = parser.parse_args()
+    size, minutes, count = options.size, (0.2 if options.quick else options.minutes), (20 if options.quick else 300)
+    store = demo.prepare(options.out / f"dishes_{size}", 2000 if options.quick else demo.DISHES, size)
+    reader = trained_reader(size, 40 if options.quick else 1800, options.out)
+    pictures, names = drawings(200 if options.quick else 2000, size, "held_out", 102)
+    accuracy = share(reader.fully_right(pictures, [attributes(name) for name in names]))
+    print(f"the reader reads {accuracy:.1%} of {len(names)} held-out drawings fully right")
+    if accuracy < LEAST_READER_ACCURACY and not options.quick:
+        raise SystemExit(f"below {LEAST_READER_ACCURACY:.0%} it measures nothing")
+
+    names = {split: random.Random(0).sample(dish_names(split), count) for split in ("held_out", "train")}
+    torch.manual_seed(0)
+    network, encoder, diffusion = demo.build("".join(dish_names("train")))
+    moments, rows, seen = [0.25, 0.5, 1.0], [], 0
+    bar = tqdm(demo.training(network, encoder, diffusion, store, None, minutes), desc="training", unit="step")
+    for step in bar:
+        seen += demo.BATCH
+        bar.set_postfix_str(f"loss {step.smooth_loss:.4f}, {step.pictures_per_second:.0f} pictures/s, {step.progress:.0%}", refresh=False)
+        if step.progress >= moments[0]:
+            moments.pop(0)
+            rows.append({"minutes": round(step.seconds / 60, 2), "pictures": seen, "loss": step.smooth_loss} | {
+                f"{split}_fidelity": fidelity(reader, step.network, step.encoder, diffusion, names[split], size) for split in names})
+            tqdm.write(str(rows[-1]))
+    last = rows[-1]
+    finish("fidelity", {"held_out_fidelity": last["held_out_fidelity"], "trained_fidelity": last["train_fidelity"],
+                        "minutes": last["minutes"], "size": size, "reader_accuracy": accuracy}, rows, options.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from easy_diffusion.checkpoint import load, load_into, save
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    tree = {"layer": layer.state_dict(), "optimizer": optimizer.state_dict(), "step": 7, "phase": "sgd", "名": "番茄",
+            "losses": [0.5, 0.25], "generator": torch.Generator().get_state(), "none": None, "yes": True,
+            "empty": {}, "mixed": [1, "a", [2.5]]}
+    save(tmp_path / "a.safetensors", tree)
+    back = load(tmp_path / "a.safetensors")
+    assert {k: v for k, v in back.items() if k not in ("layer", "optimizer", "generator")} == \
+           {k: v for k, v in tree.items() if k not in ("layer", "optimizer", "generator")}
+    assert torch.equal(back["generator"], tree["generator"])
+    other = torch.optim.AdamW(torch.nn.Linear(3, 2).parameters())
+    other.load_state_dict(back["optimizer"])                # its keys are the integers that torch wants
+    assert torch.equal(other.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_tensors_that_share_memory_are_saved_each(tmp_path):
+    a = torch.arange(6.0)
+    save(tmp_path / "a", {"all": a, "part": a[2:4], "turned": a.view(2, 3).T})
+    back = load(tmp_path / "a")
+    assert back["part"].tolist() == [2, 3] and back["turned"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    save(tmp_path / "a", {"step": 1})
+    with pytest.raises(TypeError, match="'deep.thing' there is a object"):
+        save(tmp_path / "a", {"step": 2, "deep": {"thing": object()}})
+    assert load(tmp_path / "a") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_foreign_damaged_and_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(tmp_path / "nowhere")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="foreign.*not one that easy_diffusion wrote"):
+        load(tmp_path / "foreign")
+    save(tmp_path / "cut", {"a": torch.zeros(1000)})
+    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-500])
+    with pytest.raises(ValueError, match="cut is damaged"):
+        load(tmp_path / "cut")
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pickled")
+    with pytest.raises(ValueError, match="pickled is damaged or no safetensors"):
+        load(tmp_path / "pickled")
+
+
+def test_weights_of_another_shape_are_all_named_in_one_error():
+    state = {"weight": torch.zeros(3, 4), "scale": torch.zeros(1)}
+    with pytest.raises(ValueError) as error:
+        load_into(torch.nn.Linear(3, 2), state)
+    for says in ("missing: bias (2,)", "unknown: scale (1,)", "shape of weight: (3, 4) in the checkpoint, (2, 3) in the network"):
+        assert says in str(error.value)

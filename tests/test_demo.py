@@ -1,0 +1,82 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from datasets.lmdb_store import count
+from easy_diffusion.checkpoint import load
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--minutes", "0.15", "--dishes", "600", "--size", "32", "--steps", "2", "--repaints", "1",
+         "--seconds", "1", "--fps", "6", "--show", "64"]
+
+
+def start(out, *more):
+    return subprocess.Popen([sys.executable, "-u", "-m", "easy_diffusion.demo", *more, "--out", str(out), *SMALL], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A demo that was killed at three moments, one of them while it trained, and started again each time."""
+    out, chance, seconds = tmp_path_factory.mktemp("demo") / "out", random.Random(0), []
+    for moment in ("drawing", "training", "anywhere"):
+        run = start(out, "番茄炒鸡蛋")
+        if moment == "drawing":
+            while count(out / "dishes_32") == 0:
+                time.sleep(0.05)
+        if moment == "training":
+            while not (out / "model_32.safetensors").exists():
+                assert run.poll() is None, run.communicate()[0]
+                time.sleep(0.05)
+        time.sleep(chance.uniform(0, 1) + (5 if moment == "anywhere" else 0))
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        seconds.append(load(out / "model_32.safetensors")["seconds"] if (out / "model_32.safetensors").exists() else 0)
+    run = start(out, "番茄炒鸡蛋")
+    log = run.communicate(timeout=200)[0]
+    assert run.returncode == 0, log
+    return out, log, seconds
+
+
+def test_killed_at_any_moment_it_goes_on_and_finishes(finished):
+    out, log, seconds = finished
+    assert seconds == sorted(seconds)                       # no training that was saved is lost
+    assert count(out / "dishes_32") == 600
+    assert load(out / "model_32.safetensors")["seconds"] >= 0.15 * 60
+    assert {p.name for p in out.iterdir()} == {"dishes_32", "model_32.safetensors", "held_out.png", "loss.png", "番茄炒鸡蛋.png",
+                                               "番茄炒鸡蛋_zoom-out.gif"}
+
+
+def test_it_says_what_it_does(finished):
+    _, log, _ = finished
+    for says in ("番茄炒鸡蛋", "pictures/s", "min left", "loss 0.", "sampling", "wrote"):
+        assert says in log
+
+
+def test_a_second_run_finds_the_checkpoint_and_another_dish_and_move_is_made(finished):
+    out, _, _ = finished
+    before, sheet = load(out / "model_32.safetensors")["index"], (out / "held_out.png").stat().st_mtime
+    run = start(out, "土豆炒青椒", "--move", "right")
+    log = run.communicate(timeout=120)[0]
+    assert run.returncode == 0, log
+    assert load(out / "model_32.safetensors")["index"] == before and (out / "held_out.png").stat().st_mtime == sheet
+    with Image.open(out / "土豆炒青椒_right.gif") as gif:
+        assert gif.size == (64, 64) and gif.info["loop"] == 0 and gif.n_frames > 1
+
+
+def test_help_is_complete_and_wrong_options_are_named():
+    def call(*arguments):
+        return subprocess.run([sys.executable, "-m", "easy_diffusion.demo", *arguments], cwd=ROOT, capture_output=True, text=True)
+    text = call("--help").stdout
+    for option in ("--move", "--out", "--minutes", "--dishes", "--size", "--steps", "--guidance", "--repaints",
+                   "--seconds", "--fps", "--show", "--seed"):
+        assert option in text
+    assert text.count("(default: ") == 13
+    assert "60" in call("--size", "60").stderr and "sideways" in call("--move", "sideways").stderr

@@ -1,0 +1,117 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.dishes import Dishes
+from datasets.lmdb_store import ImageCaptionStore, append, count
+
+
+def write(folder, records, **options):
+    for _ in append(folder, records, **options):
+        pass
+
+
+def test_records_come_back_to_the_bit(tmp_path):
+    dishes = Dishes(20, 32)
+    assert list(append(tmp_path / "s", dishes)) == list(range(1, 21))
+    store = ImageCaptionStore(tmp_path / "s")
+    assert len(store) == 20
+    for i in (0, 7, 19):
+        assert torch.equal(store[i][0], dishes[i][0]) and store[i][1] == dishes[i][1]
+    with pytest.raises(IndexError):
+        store[20]
+
+
+def test_an_encoded_picture_is_stored_as_it_is(tmp_path):
+    jpeg = io.BytesIO()
+    Image.fromarray(np.full((40, 30, 3), 77, np.uint8)).save(jpeg, "JPEG", quality=80)
+    write(tmp_path / "s", [(jpeg.getvalue(), "番茄汤")])
+    with lmdb.open(str(tmp_path / "s"), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        assert transaction.get(b"000000000").endswith(jpeg.getvalue())
+
+
+def test_a_store_grows_beyond_its_first_map(tmp_path):
+    noise = torch.randint(256, (3, 256, 256), dtype=torch.uint8)           # does not compress: 200 kB
+    write(tmp_path / "s", ((noise, str(i)) for i in range(400)), per_transaction=50)       # 80 MB > 64 MiB
+    store = ImageCaptionStore(tmp_path / "s")
+    assert len(store) == 400 and store[399][1] == "399" and torch.equal(store[0][0], noise)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_the_same(tmp_path, context):
+    write(tmp_path / "s", Dishes(24, 32))
+    store = ImageCaptionStore(tmp_path / "s")
+    assert store[0][1] == Dishes(24, 32)[0][1]                             # already open in the parent
+    loader = torch.utils.data.DataLoader(store, 6, num_workers=2, multiprocessing_context=context)
+    pictures, captions = zip(*loader)
+    assert torch.equal(torch.cat(pictures), torch.stack([p for p, _ in Dishes(24, 32)]))
+    assert sum(map(list, captions), []) == [n for _, n in Dishes(24, 32)]
+
+
+def test_killed_while_writing_it_goes_on_with_no_record_lost_or_doubled(tmp_path):
+    program = ("import sys; from datasets.lmdb_store import append, count; from datasets.dishes import Dishes\n"
+               "import torch; n = count(sys.argv[1]); print('go', flush=True)\n"
+               "for _ in append(sys.argv[1], torch.utils.data.Subset(Dishes(100000, 32), range(n, 100000)), per_transaction=16): pass")
+    last = 0
+    for delay in (0.6, 1.0):
+        writer = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "s")], stdout=subprocess.PIPE)
+        writer.stdout.readline()
+        time.sleep(delay)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        written = count(tmp_path / "s")
+        assert written > last and written % 16 == 0
+        last = written
+    dishes, store = Dishes(last, 32), ImageCaptionStore(tmp_path / "s")
+    assert [store[i][1] for i in range(last)] == [dishes[i][1] for i in range(last)]
+    assert torch.equal(store[last - 1][0], dishes[last - 1][0])
+
+
+def test_foreign_empty_and_newer_stores_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no store in .*nowhere"):
+        ImageCaptionStore(tmp_path / "nowhere")
+    with lmdb.open(str(tmp_path / "foreign")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"0", b"\x80\x04K\x01.")
+    with pytest.raises(ValueError, match="foreign holds an LMDB, but not one"):
+        ImageCaptionStore(tmp_path / "foreign")
+    with lmdb.open(str(tmp_path / "newer")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"about", b'{"layout": "easy-diffusion image-caption", "version": 9, "count": 1}')
+    with pytest.raises(ValueError, match="version 9"):
+        ImageCaptionStore(tmp_path / "newer")
+    (tmp_path / "noise").mkdir()
+    (tmp_path / "noise" / "data.mdb").write_bytes(os.urandom(20_000))
+    with pytest.raises(ValueError, match="noise cannot be opened as LMDB"):
+        ImageCaptionStore(tmp_path / "noise")
+
+
+def test_damaged_and_missing_records_are_named(tmp_path):
+    write(tmp_path / "s", Dishes(4, 32))
+    with lmdb.open(str(tmp_path / "s")) as environment, environment.begin(write=True) as transaction:
+        record = transaction.get(b"000000001")
+        transaction.put(b"000000001", record[:len(record) // 2])
+        transaction.put(b"000000002", b"\x80\x04K\x01.")
+        transaction.delete(b"000000003")
+    store = ImageCaptionStore(tmp_path / "s")
+    assert store[0][0].shape == (3, 32, 32)
+    for index, kind in ((1, ValueError), (2, ValueError), (3, KeyError)):
+        with pytest.raises(kind, match=f"record {index} "):
+            store[index]
+
+
+@pytest.mark.parametrize("record, says", [
+    ((torch.zeros(3, 8, 8), "番茄汤"), "uint8"), ((torch.zeros(8, 8, 3, dtype=torch.uint8), "番茄汤"), "8, 8, 3"),
+    ((torch.zeros(3, 8, 8, dtype=torch.uint8), 7), "7"),
+])
+def test_records_of_another_form_are_refused_and_nothing_is_written(tmp_path, record, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        write(tmp_path / "s", [record])
+    assert count(tmp_path / "s") == 0
