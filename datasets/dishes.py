@@ -50,14 +50,14 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "炒": Way("清炒{}", "{}炒{}", 17, 0.66, False),               # stir-fried, on a plate
-    "汤": Way("{}汤", "{}{}汤", 12, 0.62, False),                 # soup, in a bowl
-    "蒸": Way("清蒸{}", "{}蒸{}", 15, 0.66, True),                # steamed, in bamboo
-    "砂锅": Way("砂锅{}", "砂锅{}{}", 14, 0.60, False),             # in a clay pot
-    "凉拌": Way("凉拌{}", "凉拌{}{}", 15, 0.64, True),              # a cold salad, in celadon
-    "铁板": Way("铁板{}", "铁板{}{}", 15, 0.64, False),             # on a sizzling iron plate
-    "面": Way("{}面", "{}{}面", 10, 0.48, True),                  # on noodles
-    "盖饭": Way("{}盖饭", "{}{}盖饭", 10, 0.46, False),             # on rice
+    "炒": Way("清炒{}", "{}炒{}", 10, 0.66, False),               # stir-fried, on a plate
+    "汤": Way("{}汤", "{}{}汤", 8, 0.60, False),                 # soup, in a bowl
+    "蒸": Way("清蒸{}", "{}蒸{}", 10, 0.64, True),                # steamed, in bamboo
+    "砂锅": Way("砂锅{}", "砂锅{}{}", 9, 0.58, False),             # in a clay pot
+    "凉拌": Way("凉拌{}", "凉拌{}{}", 10, 0.62, True),              # a cold salad, in celadon
+    "铁板": Way("铁板{}", "铁板{}{}", 10, 0.64, False),             # on a sizzling iron plate
+    "面": Way("{}面", "{}{}面", 7, 0.48, True),                  # on noodles
+    "盖饭": Way("{}盖饭", "{}{}盖饭", 7, 0.46, False),             # on rice
 }
 PAIRS = tuple(itertools.combinations(INGREDIENTS, 2))
 HELD_OUT_PAIRS = frozenset(random.Random(1).sample(PAIRS, len(PAIRS) // 10))
@@ -142,7 +142,7 @@ def _positions(way, ingredients, rng):
     if way.side_by_side:
         rank = np.argsort(np.argsort(x * np.cos(start) + y * np.sin(start)))
         return x, y, rank * len(ingredients) // pieces
-    return x, y, rng.permutation(k % len(ingredients))
+    return x, y, (k + rng.integers(2)) % len(ingredients)             # in turn, so that none is hidden
 
 
 def draw(name: str, size: int = 64, seed: int = 0) -> np.ndarray:

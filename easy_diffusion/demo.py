@@ -22,6 +22,7 @@ import random
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,8 @@ from . import checkpoint as files
 from .animate import animate, contact_sheet, write_atomically, write_gif, write_png
 from .camera import MOVES
 from .diffusion import GaussianDiffusion, logit_normal_timesteps
-from .inpaint import repaint
-from .samplers import clipped, ddim, guided
+from .inpaint import painter
+from .samplers import clipped, ddim, guided, to_pictures
 from .schedule import NoiseSchedule
 from .text import CharacterEncoder
 from .train import fast_precision, train
@@ -115,27 +116,7 @@ def sample(network, encoder, diffusion, names: list[str], size: int = SIZE, step
     walk = ddim(denoise, diffusion.schedule, (len(names), 3, size, size), steps, generator=torch.Generator().manual_seed(seed),
                 device=next(network.parameters()).device)
     *_, last = tqdm(walk, total=steps, desc=f"sampling {len(names)} dishes", unit="step", disable=not bar)
-    return to_uint8(last.x)
-
-
-def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [-1, 1] → uint8 [B, H, W, 3]."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def painter(network, encoder, diffusion, name: str, steps: int = 25, guidance: float = 2.0, seed: int = 0, bar: bool = False):
-    """A function (picture uint8 [H, W, 3], mask bool [H, W]) → picture that repaints the mask with the dish of that name."""
-    device = next(network.parameters()).device
-    denoise = guided_denoiser(network, encoder, diffusion, [name], guidance)
-    generator = torch.Generator().manual_seed(seed)
-
-    def paint(picture, mask):
-        x0 = torch.from_numpy(picture).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
-        walk = repaint(denoise, diffusion.schedule, x0, torch.from_numpy(mask)[None, None].to(device), steps, generator=generator)
-        *_, last = tqdm(walk, desc="repainting what the camera uncovers", unit="step", disable=not bar, leave=False)
-        return np.where(mask[..., None], to_uint8(last.x)[0], picture)
-
-    return paint
+    return to_pictures(last.x)
 
 
 def held_out_sheet(network, encoder, diffusion, size: int, guidance: float, count: int = 12):
@@ -188,9 +169,10 @@ def main(arguments=None) -> int:
 
     characters = "".join(sorted(set("".join(dish_names("train")))))
     network, encoder, diffusion = build(characters)
-    device = "cuda" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     weights = sum(parameter.numel() for parameter in itertools.chain(network.parameters(), encoder.parameters()))
-    print(f"{options.name}, {options.move}: {weights / 1e6:.1f} M weights on {device}; everything goes to {options.out}/", flush=True)
+    print(f"{options.name}, {options.move}: {weights / 1e6:.1f} M weights on {where}; everything goes to {options.out}/", flush=True)
     store = prepare(options.out / f"dishes_{options.size}", options.dishes, options.size)
     losses = fit(network, encoder, diffusion, store, options.out / f"model_{options.size}.safetensors", options.minutes)
     sheet, curve = options.out / "held_out.png", options.out / "loss.png"
@@ -202,7 +184,9 @@ def main(arguments=None) -> int:
 
     dish = sample(network, encoder, diffusion, [options.name], options.size, options.steps, options.guidance, options.seed, bar=True)[0]
     write_png(options.out / f"{options.name}.png", contact_sheet([[dish]], [options.name], columns=1, side=options.show))
-    paint = painter(network, encoder, diffusion, options.name, options.steps, options.guidance, options.seed, bar=True)
+    paint = painter(guided_denoiser(network, encoder, diffusion, [options.name], options.guidance), diffusion.schedule, options.steps,
+                    generator=torch.Generator().manual_seed(options.seed), device=device,
+                    watch=partial(tqdm, desc="repainting what the camera uncovers", unit="step", leave=False))
     film = animate(dish, options.move, paint, options.repaints, options.seconds, options.fps, (options.show, options.show))
     gif = options.out / f"{options.name}_{options.move}.gif"
     write_gif(gif, film, options.fps)

@@ -6,8 +6,8 @@ At every step down from t to s, what is known is put back at the right level of 
 
 Alone, this gives parts that do not fit each other, because the model cannot answer to what was pasted in. So the walk goes
 back up, x_u = sqrt(a_u / a_s) x_s + sqrt(1 - a_u / a_s) ε with a = alpha_bar, and down again, several times, and the two
-parts grow together (Lugmayr et al., "RePaint", 2022, algorithm 1 and appendix B). The file needs torch and, beside it,
-samplers.py; its example also schedule.py.
+parts grow together (Lugmayr et al., "RePaint", 2022, algorithm 1 and appendix B). The file needs torch, numpy and,
+beside it, samplers.py; its example also schedule.py.
 
 >>> from .schedule import NoiseSchedule
 >>> grey = lambda x_t, t: Prediction(torch.zeros_like(x_t), x_t)
@@ -19,11 +19,12 @@ samplers.py; its example also schedule.py.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
-from .samplers import Prediction, Step, ddpm_step, normal_noise, spaced_timesteps  # noqa: F401 (Prediction: the example)
+from .samplers import Prediction, Step, ddpm_step, normal_noise, spaced_timesteps, to_pictures  # noqa: F401 (the example's)
 
 
 def repaint_levels(steps: int, jump: int, resamples: int) -> list[int]:
@@ -77,3 +78,18 @@ def repaint(denoise, schedule, picture: torch.Tensor, mask: torch.Tensor, steps:
         x = torch.where(mask, ddpm_step(schedule, prediction, x, t, s, noise()), known)
         yield Step(index, t, x, torch.where(mask, prediction.x0, picture))
         index += 1
+
+
+def painter(denoise, schedule, steps: int = 25, jump: int = 5, resamples: int = 4, generator=None, device="cpu",
+            watch: Callable = iter) -> Callable:
+    """A function (picture uint8 [H, W, 3], mask bool [H, W]) → picture that repaints the mask; the rest stays to the byte.
+
+    It runs `repaint` on `device`. watch wraps each walk's steps: tqdm, say, for a progress bar.
+    """
+    def paint(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        x0 = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1     # [1, 3, H, W]
+        where = torch.from_numpy(mask)[None, None].to(device)                                              # [1, 1, H, W]
+        *_, last = watch(repaint(denoise, schedule, x0, where, steps, jump, resamples, generator))
+        return np.where(mask[..., None], to_pictures(last.x)[0], picture)
+
+    return paint

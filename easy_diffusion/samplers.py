@@ -10,7 +10,7 @@ clean picture) is, with a = alpha_bar,
 
 (Ho et al. 2020, eq. 7; Song et al., "Denoising Diffusion Implicit Models", 2021, eq. 12 and 16.) η = 0 is
 deterministic, η = 1 is DDPM. Guidance and clipping are functions from denoiser to denoiser, so they compose.
-The file needs nothing but torch; its example also schedule.py.
+The file needs nothing but torch and numpy; its example also schedule.py.
 
 >>> from .schedule import NoiseSchedule
 >>> schedule = NoiseSchedule.cosine(1000)
@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -131,6 +132,11 @@ def normal_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> to
     return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
 
 
+def to_pictures(x: torch.Tensor) -> np.ndarray:
+    """Samples [B, 3, H, W] in [-1, 1] → pictures uint8 [B, H, W, 3]; what lies outside is clipped."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 @torch.no_grad()
 def _walk(step, denoise, schedule, shape, timesteps, generator, device, dtype, x_T) -> Iterator[Step]:
     x = normal_noise(shape, generator, device, dtype) if x_T is None else x_T
@@ -144,7 +150,8 @@ def ddpm(denoise, schedule, shape=None, steps=None, spacing="trailing", generato
          dtype=torch.float32, x_T=None) -> Iterator[Step]:
     """Ancestral sampling; yields `steps` Steps (default: one for each timestep).
 
-    shape (B, C, H, W) of the pictures, or x_T, the noise to start from. The last Step's x is the sample.
+    shape (B, C, H, W) of the pictures, or x_T, the noise to start from. The last Step's x is the sample: it is the mean, no
+    noise is added to it (diffusers adds some, for fixed_large and trailing steps).
     """
     timesteps = spaced_timesteps(len(schedule), steps or len(schedule), spacing)
     return _walk(ddpm_step, denoise, schedule, shape, timesteps, generator, device, dtype, x_T)

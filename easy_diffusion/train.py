@@ -90,7 +90,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     models = torch.nn.ModuleDict({"network": network} | ({"encoder": encoder} if encoder is not None else {}))
     average = copy.deepcopy(models).requires_grad_(False).eval().to(accelerator.device)
     weights = [parameter for parameter in models.parameters() if parameter.requires_grad]
-    adamw = torch.optim.AdamW(weights, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    adamw = torch.optim.AdamW(weights, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     sgd = torch.optim.SGD(weights, sgd_learning_rate)
     network, encoder, adamw, sgd = accelerator.prepare(network, encoder, adamw, sgd)
     if isinstance(loader, torch.utils.data.DataLoader):
