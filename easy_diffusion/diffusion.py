@@ -10,6 +10,9 @@ A network sees a noisy picture x_t = signal x0 + noise ε and answers with one o
 Training is a regression on that answer. `GaussianDiffusion` is the only place that knows which of the three it
 is: samplers receive a denoiser, a function (x_t, t) -> Prediction, and never ask.
 
+An error of the picture is the same error of v, only measured otherwise: |v̂ - v|² = (1 + SNR) |x̂0 - x0|², with
+SNR = signal² / noise². So a loss can be weighted as if another question had been asked; `velocity_weight` does that.
+
 The step back from x_t to x_{t-1} is a Gaussian, too. Its variance is known between two bounds (Ho et al. 2020, section 3.2):
 
     variance="fixed_small":  beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)     right if the data is one point
@@ -35,17 +38,19 @@ VARIANCES = ("fixed_small", "fixed_large")
 
 
 class GaussianDiffusion:
-    """A schedule, the meaning of the network's output and the variance of the step back.
+    """A schedule, the meaning of the network's output, the variance of the step back, and the weight of the loss, a
+    function of the signal-to-noise ratio [B] (default: all timesteps weigh alike).
 
     Raises ValueError for another `predicts` or `variance` than the module's docstring lists.
     """
 
-    def __init__(self, schedule, predicts: str = "noise", variance: str = "fixed_small"):
+    def __init__(self, schedule, predicts: str = "noise", variance: str = "fixed_small", loss_weight=None):
         if predicts not in PREDICTS:
             raise ValueError(f"predicts is one of {', '.join(PREDICTS)}, not {predicts!r}")
         if variance not in VARIANCES:
             raise ValueError(f"variance is one of {', '.join(VARIANCES)}, not {variance!r}")
-        self.schedule, self.predicts, self.variance = schedule, predicts, variance
+        self.schedule, self.predicts, self.variance, self.loss_weight = schedule, predicts, variance, loss_weight
+        self.snr = schedule.alphas_bar / (1 - schedule.alphas_bar)
         before = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar[:-1]])
         small = schedule.betas * (1 - before) / (1 - schedule.alphas_bar)
         small[0] = small[min(1, len(small) - 1)]    # the last step adds no noise; this keeps its logarithm finite
@@ -79,14 +84,15 @@ class GaussianDiffusion:
         return Prediction(x0, noise, log_variance)
 
     def loss(self, network, x0, t, context=None, mask=None, generator=None) -> torch.Tensor:
-        """L_simple (Ho et al. 2020, eq. 14) of each picture, [B].
+        """L_simple (Ho et al. 2020, eq. 14) of each picture, times the weight of its timestep, [B].
 
         x0 [B, C, H, W] in [-1, 1], t int64 [B], context [B, L, D] and mask bool [B, L] for the network.
         """
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         output = network(self.add_noise(x0, t, noise), t, context, mask)
         error = output.float() - self.target(x0, t, noise).float()
-        return error.square().mean(dim=tuple(range(1, error.ndim)))
+        loss = error.square().mean(dim=tuple(range(1, error.ndim)))
+        return loss if self.loss_weight is None else loss * self.loss_weight(self.snr[t.cpu()]).to(loss)
 
     def denoiser(self, network, context=None, mask=None):
         """The function (x_t [B, C, H, W], t int64 [B]) -> Prediction that samplers take.
@@ -99,6 +105,12 @@ class GaussianDiffusion:
             return self.prediction(network(x_t, t, *several), x_t, t)
 
         return denoise
+
+
+def velocity_weight(snr: torch.Tensor, most: float = 5.0) -> torch.Tensor:
+    """For predicts="x0": 1 + SNR, which makes it the loss of v, but not more than `most`, so that the last traces of noise,
+    where 1 + SNR is thousands, do not outweigh all else (Salimans & Ho 2022, section 4; the bound is min-SNR's, Hang et al. 2023)."""
+    return (1 + snr).clamp(max=most)
 
 
 def uniform_timesteps(batch: int, steps: int, generator=None, device="cpu") -> torch.Tensor:

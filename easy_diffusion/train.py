@@ -11,7 +11,7 @@ Each step takes a batch, picks a timestep for each picture, adds that much noise
     AdamW, then SGD   when the loss has stopped falling, plain SGD at a tiny rate settles the weights
 
 accelerate places the work on CPU or GPU and does the mixed precision. The file needs torch, accelerate and, beside it,
-checkpoint.py; its example also schedule.py, samplers.py and diffusion.py.
+checkpoint.py and muon.py; its example also schedule.py, samplers.py and diffusion.py.
 
 >>> from .schedule import NoiseSchedule
 >>> from .diffusion import GaussianDiffusion
@@ -34,6 +34,7 @@ import torch
 from accelerate import Accelerator
 
 from . import checkpoint as files
+from .muon import Muon
 
 
 class TrainingStep(NamedTuple):
@@ -74,7 +75,7 @@ def uniform(batch: int, steps: int, generator) -> torch.Tensor:
 
 
 def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, minutes: float | None = None,
-          learning_rate: float = 1e-4, sgd_learning_rate: float = 1e-6, window: int = 2000, warmup: int = 100,
+          learning_rate: float = 1e-4, muon_learning_rate: float | None = None, sgd_learning_rate: float = 1e-6, window: int = 2000, warmup: int = 100,
           decay: float = 0.4, weight_decay: float = 0.01, ema: float = 0.999, caption_dropout: float = 0.1, clip: float = 1.0,
           timesteps=uniform, seed: int = 0, checkpoint=None, save_seconds: float = 30,
           accelerator: Accelerator | None = None) -> Iterator[TrainingStep]:
@@ -82,17 +83,20 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     between two steps does not count as training time.
 
     loader gives (pictures uint8 [B, C, H, W], captions list[str]), again and again. encoder, if given, is trained with the
-    network. decay: the share of the run over which AdamW's rate falls to zero. timesteps: (batch, T, generator) → int64
-    [batch]. checkpoint: a path, written every save_seconds seconds and at the end; if it is there already, the run goes on
+    network. muon_learning_rate: if given, Muon trains the matrices, AdamW only the rest. decay: the share of the run over
+    which their rates fall to zero. timesteps: (batch, T, generator) → int64 [batch]. checkpoint: a path, written every save_seconds seconds and at the end; if it is there already, the run goes on
     from it. Raises ValueError if that file is of another network, FloatingPointError for a loss that is not finite.
     """
     accelerator = accelerator or Accelerator(mixed_precision=fast_precision())
     models = torch.nn.ModuleDict({"network": network} | ({"encoder": encoder} if encoder is not None else {}))
     average = copy.deepcopy(models).requires_grad_(False).eval().to(accelerator.device)
     weights = [parameter for parameter in models.parameters() if parameter.requires_grad]
-    adamw = torch.optim.AdamW(weights, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    matrices = [weight for weight in weights if weight.ndim > 1] if muon_learning_rate else []
+    others = [weight for weight in weights if weight.ndim == 1] if muon_learning_rate else weights
+    adamw = torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    muon = [Muon(matrices, muon_learning_rate, weight_decay=weight_decay)] if matrices else []
     sgd = torch.optim.SGD(weights, sgd_learning_rate)
-    network, encoder, adamw, sgd = accelerator.prepare(network, encoder, adamw, sgd)
+    network, encoder, adamw, sgd, *muon = accelerator.prepare(network, encoder, adamw, sgd, *muon)
     if isinstance(loader, torch.utils.data.DataLoader):
         loader = accelerator.prepare(loader)
     generator = torch.Generator(accelerator.device).manual_seed(seed)
@@ -101,15 +105,17 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         saved = files.load(checkpoint)
         files.load_into(models, saved["models"])
         files.load_into(average, saved["average"])
-        adamw.load_state_dict(saved["adamw"])
+        for optimizer, state in zip([adamw, *muon], saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         generator.set_state(saved["generator"])
         index, phase, losses, before = (saved[key] for key in ("index", "phase", "losses", "seconds"))
 
     def save():
         if checkpoint is not None and accelerator.is_main_process:
-            files.save(checkpoint, {"models": models.state_dict(), "average": average.state_dict(), "adamw":
-                       adamw.state_dict(), "generator": generator.get_state(), "index": index, "phase": phase,
-                       "losses": losses, "seconds": seconds})
+            files.save(checkpoint, {
+                "models": models.state_dict(), "average": average.state_dict(), "generator": generator.get_state(), "index": index,
+                "optimizers": [optimizer.state_dict() for optimizer in (adamw, *muon)], "phase": phase, "losses": losses,
+                "seconds": seconds})
 
     def progress():
         return max(index / steps, seconds / (60 * minutes) if minutes else 0.0)
@@ -133,15 +139,16 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         loss = diffusion.loss(network, x0, t, context, mask, generator).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {index}; a lower learning_rate than {learning_rate} may help")
-        rate = learning_rate * min(1, (index + 1) / warmup) * min(1, (1 - progress()) / max(decay, 1e-9))
-        optimizer = adamw if phase == "adamw" else sgd
-        if phase == "adamw":
-            for group in adamw.param_groups:
-                group["lr"] = rate
+        factor = min(1, (index + 1) / warmup) * min(1, (1 - progress()) / max(decay, 1e-9))
+        optimizers, rate = ([adamw, *muon], factor * learning_rate) if phase == "adamw" else ([sgd], sgd_learning_rate)
+        for optimizer, peak in zip([adamw, *muon], (learning_rate, muon_learning_rate)):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * peak
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(weights, clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         follow = 1 - min(ema, (1 + index) / (10 + index))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in models.parameters()], follow)
@@ -154,7 +161,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
             save()
             saved_at = seconds
         paused = time.perf_counter()
-        yield TrainingStep(index - 1, losses[-1], smooth, rate if optimizer is adamw else sgd_learning_rate, phase,
+        yield TrainingStep(index - 1, losses[-1], smooth, rate, phase,
                            seen / max(seconds - before, 1e-9), seconds, min(progress(), 1.0), average["network"],
                            average["encoder"] if "encoder" in average else None)
         start += time.perf_counter() - paused                               # the caller's time is not training time

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from easy_diffusion.diffusion import GaussianDiffusion, logit_normal_timesteps, uniform_timesteps
+from easy_diffusion.diffusion import GaussianDiffusion, logit_normal_timesteps, uniform_timesteps, velocity_weight
 from easy_diffusion.schedule import NoiseSchedule
 
 SCHEDULES = [NoiseSchedule.linear(1000), NoiseSchedule.cosine(1000)]
@@ -55,6 +55,20 @@ def test_the_best_answer_without_looking_has_the_loss_that_theory_gives():
     x0 = torch.randn(4000, 3, 4, 4, generator=g)
     loss = diffusion.loss(lambda x, t, c, m: torch.zeros_like(x), x0, uniform_timesteps(4000, 1000, g), generator=g)
     assert loss.mean().item() == pytest.approx(1.0, abs=0.02)              # 192,000 numbers: standard error 0.0033
+
+
+def test_the_velocity_weight_turns_an_error_of_x0_into_the_same_error_of_v():
+    schedule, x0, t = SCHEDULES[1], pictures(0), torch.tensor([300, 400, 500, 600, 900, 998])
+    def guess(x):
+        return torch.tanh(x)
+    def the_same_as_v(x, t, c, m):
+        signal, noise = schedule.signal_and_noise(t, x)
+        return (signal * x - guess(x)) / noise
+    asked_x0 = GaussianDiffusion(schedule, "x0", loss_weight=lambda snr: velocity_weight(snr, most=1e9))
+    losses = [diffusion.loss(network, x0, t, generator=torch.Generator().manual_seed(1)) for diffusion, network in (
+        (asked_x0, lambda x, t, c, m: guess(x)), (GaussianDiffusion(schedule, "v"), the_same_as_v))]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)                 # the error is taken in float32
+    assert velocity_weight(torch.tensor([0.0, 1.0, 100.0])).tolist() == [1.0, 2.0, 5.0]
 
 
 def test_one_caption_serves_many_pictures():
