@@ -189,11 +189,11 @@ class Ingredient(NamedTuple):
 
 INGREDIENTS = {
     "番茄": Ingredient(_tomato, 0.33, "#f6b545 #ee5a3c #c9151b", 0.6),
-    "鸡蛋": Ingredient(_egg, 0.33, "#e8a21d #fbd137 #fff3b0", 0.3),
-    "土豆": Ingredient(_potato, 0.36, "#c98f35 #ebc869 #f5e2a4", 0.2),
+    "鸡蛋": Ingredient(_egg, 0.33, "#f2a516 #ffd42e #ffef96", 0.3),
+    "土豆": Ingredient(_potato, 0.36, "#a06a2a #d9a54f #ecca86", 0.2),
     "牛肉": Ingredient(_beef, 0.36, "#5c1f14 #8c4028 #b5674a", 0.4),
     "豆腐": Ingredient(_tofu, 0.30, "#e0a94e #fbf5e6 #ffffff", 0.2),
-    "虾仁": Ingredient(_shrimp, 0.30, "#e8603c #f79b7d #ffd9c9", 0.6),
+    "虾仁": Ingredient(_shrimp, 0.30, "#e2401f #f5764f #ffbfa3", 0.6),
     "茄子": Ingredient(_eggplant, 0.36, "#4b1d63 #8a5a96 #e9dcae", 0.5),
     "生菜": Ingredient(_lettuce, 0.41, "#f1f7b4 #a9d83c #76b022", 0.3),
     "青椒": Ingredient(_green_pepper, 0.36, "#6fc22f #2a9a22 #16721a", 0.8),
@@ -202,7 +202,7 @@ INGREDIENTS = {
     "木耳": Ingredient(_wood_ear, 0.34, "#15110f #2c2320 #4d3d35", 0.9),
     "香菇": Ingredient(_shiitake, 0.32, "#5a4322 #94713c #f3e3ba", 0.3),
     "西兰花": Ingredient(_broccoli, 0.36, "#0d453a #1d6b55 #4a9a78 #a9cfa0 #c3dfb4", 0.1),
-    "玉米": Ingredient(_corn, 0.33, "#f4e2a0 #f9c51f #f2a90c", 0.6),
+    "玉米": Ingredient(_corn, 0.33, "#f7dfa0 #f6ae16 #e08c06", 0.6),
     "洋葱": Ingredient(_onion, 0.34, "#f7ecf4 #d9a3cb #9c3f8c", 0.5),
     "莲藕": Ingredient(_lotus, 0.36, "#6d543a #f0e2cc #c9a77c", 0.3),
     "辣椒": Ingredient(_chili, 0.36, "#f0402c #d3121c #a80d18 #3d8f34", 0.9),

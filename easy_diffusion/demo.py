@@ -36,7 +36,7 @@ from datasets.dishes import Dishes, dish_names, draw
 from . import checkpoint as files
 from .animate import animate, contact_sheet, write_atomically, write_gif, write_png
 from .camera import MOVES
-from .diffusion import GaussianDiffusion, logit_normal_timesteps
+from .diffusion import GaussianDiffusion, logit_normal_timesteps, velocity_weight
 from .inpaint import painter
 from .samplers import clipped, ddim, guided, to_pictures
 from .schedule import NoiseSchedule
@@ -44,14 +44,15 @@ from .text import CharacterEncoder
 from .train import fast_precision, train
 from .unet import UNet
 
-SIZE, DISHES, BATCH, LEARNING_RATE, EMA, DECAY = 64, 20_000, 16, 1e-3, 0.998, 0.5
+SIZE, DISHES, BATCH = 64, 20_000, 32
+TRAINING = dict(learning_rate=2e-3, muon_learning_rate=3e-3, ema=0.998, decay=0.5, timesteps=logit_normal_timesteps)
 
 
 def build(characters: str):
     """The demo's network, encoder of those characters and diffusion: small enough for two CPU cores."""
     encoder = CharacterEncoder(characters, dim=128, layers=2)
-    network = UNet(channels=(64, 128), blocks=2, heads=2, patch=4, context_dim=encoder.dim, pooled=True)
-    return network, encoder, GaussianDiffusion(NoiseSchedule.cosine(1000), predicts="v")
+    network = UNet(channels=(64, 128), attention=(False, True), heads=2, patch=4, context_dim=encoder.dim, pooled=True)
+    return network, encoder, GaussianDiffusion(NoiseSchedule.cosine(1000), predicts="x0", loss_weight=velocity_weight)
 
 
 def prepare(folder: Path, count: int, size: int) -> lmdb_store.ImageCaptionStore:
@@ -70,8 +71,8 @@ def prepare(folder: Path, count: int, size: int) -> lmdb_store.ImageCaptionStore
 def training(network, encoder, diffusion, store, checkpoint: Path | None, minutes: float):
     """The demo's training, as a generator of steps."""
     loader = torch.utils.data.DataLoader(store, BATCH, shuffle=True, drop_last=True)
-    return train(network, diffusion, loader, encoder, minutes=minutes, steps=10 ** 7, learning_rate=LEARNING_RATE, ema=EMA, decay=DECAY,
-                 timesteps=logit_normal_timesteps, checkpoint=checkpoint, save_seconds=min(30, 3 * minutes))
+    return train(network, diffusion, loader, encoder, minutes=minutes, steps=10 ** 7, checkpoint=checkpoint,
+                 save_seconds=min(30, 3 * minutes), **TRAINING)
 
 
 def fit(network, encoder, diffusion, store, checkpoint: Path, minutes: float) -> list[float]:

@@ -75,17 +75,18 @@ def uniform(batch: int, steps: int, generator) -> torch.Tensor:
 
 
 def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, minutes: float | None = None,
-          learning_rate: float = 1e-4, muon_learning_rate: float | None = None, sgd_learning_rate: float = 1e-6, window: int = 2000, warmup: int = 100,
-          decay: float = 0.4, weight_decay: float = 0.01, ema: float = 0.999, caption_dropout: float = 0.1, clip: float = 1.0,
-          timesteps=uniform, seed: int = 0, checkpoint=None, save_seconds: float = 30,
-          accelerator: Accelerator | None = None) -> Iterator[TrainingStep]:
+          learning_rate: float = 1e-4, muon_learning_rate: float | None = None, sgd_learning_rate: float = 1e-6,
+          window: int = 2000, warmup: int = 100, decay: float = 0.4, weight_decay: float = 0.01, ema: float = 0.999,
+          caption_dropout: float = 0.1, clip: float = 1.0, timesteps=uniform, seed: int = 0, checkpoint=None,
+          save_seconds: float = 30, accelerator: Accelerator | None = None) -> Iterator[TrainingStep]:
     """Train until `steps` steps or `minutes` minutes are over, whichever is first; yields every step. What the caller does
     between two steps does not count as training time.
 
     loader gives (pictures uint8 [B, C, H, W], captions list[str]), again and again. encoder, if given, is trained with the
     network. muon_learning_rate: if given, Muon trains the matrices, AdamW only the rest. decay: the share of the run over
-    which their rates fall to zero. timesteps: (batch, T, generator) → int64 [batch]. checkpoint: a path, written every save_seconds seconds and at the end; if it is there already, the run goes on
-    from it. Raises ValueError if that file is of another network, FloatingPointError for a loss that is not finite.
+    which their rates fall to zero. timesteps: (batch, T, generator) → int64 [batch]. checkpoint: a path,
+    written every save_seconds seconds and at the end; if it is there already, the run goes on from it. Raises ValueError
+    if that file is of another network, FloatingPointError for a loss that is not finite.
     """
     accelerator = accelerator or Accelerator(mixed_precision=fast_precision())
     models = torch.nn.ModuleDict({"network": network} | ({"encoder": encoder} if encoder is not None else {}))
