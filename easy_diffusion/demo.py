@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from datasets import lmdb_store
-from datasets.dishes import Dishes, dish_names, draw
+from datasets.dishes import Dishes, attributes, dish_names, draw
 
 from . import checkpoint as files
 from .animate import animate, contact_sheet, write_atomically, write_gif, write_png
@@ -162,8 +162,8 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     if options.size % 8 or not 32 <= options.size <= 512:
         parser.error(f"--size is a multiple of 8 from 32 to 512, not {options.size}")
-    if not options.name:
-        parser.error("the name of the dish is empty")
+    if not 1 <= len(options.name) <= 31 or "/" in options.name:
+        parser.error(f"a dish's name has 1 to 31 characters and no slash, not {options.name!r}")
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -174,6 +174,10 @@ def main(arguments=None) -> int:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     weights = sum(parameter.numel() for parameter in itertools.chain(network.parameters(), encoder.parameters()))
     print(f"{options.name}, {options.move}: {weights / 1e6:.1f} M weights on {where}; everything goes to {options.out}/", flush=True)
+    try:
+        attributes(options.name)
+    except ValueError as unknown:
+        print(f"note: {unknown} The network has not learned this one; it will do what it can.", flush=True)
     store = prepare(options.out / f"dishes_{options.size}", options.dishes, options.size)
     losses = fit(network, encoder, diffusion, store, options.out / f"model_{options.size}.safetensors", options.minutes)
     sheet, curve = options.out / "held_out.png", options.out / "loss.png"

@@ -86,7 +86,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     network. muon_learning_rate: if given, Muon trains the matrices, AdamW only the rest. decay: the share of the run over
     which their rates fall to zero. timesteps: (batch, T, generator) → int64 [batch]. checkpoint: a path,
     written every save_seconds seconds and at the end; if it is there already, the run goes on from it. Raises ValueError
-    if that file is of another network, FloatingPointError for a loss that is not finite.
+    if that file is of another network or the loader is empty, FloatingPointError for a loss that is not finite.
     """
     accelerator = accelerator or Accelerator(mixed_precision=fast_precision())
     models = torch.nn.ModuleDict({"network": network} | ({"encoder": encoder} if encoder is not None else {}))
@@ -128,7 +128,9 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         batch = next(batches, None)
         if batch is None:
             batches = iter(loader)
-            batch = next(batches)
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError("the loader gives no batch: are there fewer pictures than one batch holds?")
         pictures, captions = batch
         x0 = pictures.to(accelerator.device).float() / 127.5 - 1            # [B, C, H, W] in [-1, 1]
         t = timesteps(len(x0), len(diffusion.schedule), generator)          # [B]

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_repaint import RePaintScheduler
 
-from easy_diffusion.inpaint import repaint, repaint_levels
+from easy_diffusion.inpaint import painter, repaint, repaint_levels
 from easy_diffusion.samplers import Prediction, spaced_timesteps
 from easy_diffusion.schedule import NoiseSchedule
 
@@ -81,6 +82,23 @@ def test_the_repainted_half_follows_the_conditional_distribution_of_a_gaussian(g
 def test_a_mask_of_another_form_is_refused(mask):
     with pytest.raises(ValueError, match="a mask is bool"):
         next(repaint(lambda x, t: Prediction(x, x), NoiseSchedule.cosine(10), torch.zeros(2, 3, 8, 8), mask))
+
+
+def test_a_painter_leaves_what_is_known_to_the_byte_and_can_be_watched():
+    picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    mask = np.zeros((16, 24), dtype=bool)
+    mask[:, 20:] = True
+    steps = []
+    def watch(walk):
+        for step in walk:
+            steps.append(step)
+            yield step
+    paint = painter(lambda x, t: Prediction(torch.full_like(x, 0.5), x), NoiseSchedule.cosine(100), steps=6, jump=2, resamples=2,
+                    generator=torch.Generator().manual_seed(0), watch=watch)
+    painted = paint(picture, mask)
+    assert np.array_equal(painted[~mask], picture[~mask]) and painted.dtype == np.uint8
+    assert (painted[mask] == round(1.5 * 127.5)).all()                     # the denoiser's 0.5 in [-1, 1]
+    assert len(steps) == sum(b < a for a, b in zip(levels := repaint_levels(6, 2, 2), levels[1:]))
 
 
 def test_a_walk_needs_a_jump():

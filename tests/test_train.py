@@ -1,4 +1,5 @@
 import random
+import time
 
 import pytest
 import torch
@@ -75,16 +76,17 @@ def test_the_average_follows_the_weights():
     assert not step.network.training and step.network.conv_in.weight.grad is None
 
 
-def test_a_broken_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(tmp_path):
-    for step in run():
+@pytest.mark.parametrize("muon", [None, 1e-3])
+def test_a_broken_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(tmp_path, muon):
+    """The batches of `Bright` are all alike; the order of the pictures is not part of a checkpoint."""
+    for step in run(muon_learning_rate=muon):
         pass
-    for broken in run(tmp_path / "c.safetensors", save_seconds=0):
+    for broken in run(tmp_path / "c.safetensors", save_seconds=0, muon_learning_rate=muon):
         if broken.index == 4:
             break
     assert load(tmp_path / "c.safetensors")["index"] == 5
-    resumed = list(run(tmp_path / "c.safetensors"))
+    resumed = list(run(tmp_path / "c.safetensors", muon_learning_rate=muon))
     assert [s.index for s in resumed] == list(range(5, 12))
-    # 2 batches an epoch, so step 5 begins within one: the data must be the same for the weights to be
     different = [name for name, p in step.network.state_dict().items() if not torch.equal(p, resumed[-1].network.state_dict()[name])]
     assert len(load(tmp_path / "c.safetensors")["losses"]) == 12
     assert different == []
@@ -122,6 +124,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(tmp_path):
         network.conv_out.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="nan at step 0"):
         list(train(network, DIFFUSION, torch.utils.data.DataLoader(Bright(), 8), encoder, steps=3, accelerator=Accelerator()))
+
+
+def test_an_empty_loader_is_named():
+    network, encoder = parts()
+    with pytest.raises(ValueError, match="no batch"):
+        list(train(network, DIFFUSION, [], encoder, steps=3, accelerator=Accelerator()))
+
+
+def test_what_the_caller_does_is_not_training_time():
+    for step in run(steps=3):
+        time.sleep(0.5)
+    assert step.seconds < 1
 
 
 def test_captions_are_dropped_at_the_rate_asked_for():
