@@ -259,9 +259,14 @@ def _grid(pixels, reach, angle=0.0):
 VARIANTS, TURNS = 3, 12
 
 
-@lru_cache(maxsize=4096)
 def piece(name, variant, turn, pixels):
     """One of an ingredient's pieces, turned by `turn` twelfths of a circle; pixels: its radius. [6, h, w]"""
+    draw = _piece if pixels <= 40 else _piece.__wrapped__                   # small ones are kept: up to 130 MB
+    return draw(name, variant, turn, pixels)
+
+
+@lru_cache(maxsize=4096)
+def _piece(name, variant, turn, pixels):
     look, side = INGREDIENTS[name], max(4, round(2.3 * pixels))
     u, v = _grid(side, 1.15, turn * np.pi / 6)
     outline, height, tone = look.shape(u, v, np.random.default_rng([variant, zlib.crc32(name.encode())]))

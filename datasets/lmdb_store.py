@@ -68,7 +68,8 @@ class ImageCaptionStore(torch.utils.data.Dataset):
 
 def count(folder) -> int:
     """How many records a folder's store holds; 0 where there is none. Raises ValueError for an LMDB that is not a store."""
-    if not (Path(folder) / "data.mdb").is_file():
+    file = Path(folder) / "data.mdb"
+    if not file.is_file() or file.stat().st_size == 0:                      # empty: a writer was killed as it began
         return 0
     with _reading(folder).begin() as transaction:
         about, empty = transaction.get(ABOUT), transaction.stat()["entries"] == 0
@@ -87,7 +88,7 @@ def count(folder) -> int:
 
 
 def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[int]:
-    """Write (picture, caption) records behind those that are there; yields the number of records, committed or about to be.
+    """Write (picture, caption) records behind those that are there; yields the number of records after each, once they are committed.
 
     A picture is uint8 [3, H, W] (stored as PNG, without loss) or the bytes of an image file (stored as they are). Killed at
     any moment, the store holds whole transactions: `count` tells from which record to go on. It grows as it must.

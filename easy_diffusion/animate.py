@@ -44,7 +44,7 @@ def default_step(picture: np.ndarray, move: str) -> int:
     return max(1, picture.shape[1] // (4 if move == "right" else 8))
 
 
-def animate(picture: np.ndarray, move: str, paint: Callable, repaints: int = 4, seconds: float = 4.0, fps: int = 15,
+def animate(picture: np.ndarray, move: str, paint: Callable, repaints: int = 4, seconds: float = 4.0, fps: int = 20,
             size: tuple[int, int] | None = None) -> list[np.ndarray]:
     """The frames of a loop, seconds · fps of them, uint8 [H, W, 3] of `size` (W, H) pixels (default: the picture's)."""
     pictures = walk(picture, move, paint, repaints)
@@ -55,18 +55,23 @@ def animate(picture: np.ndarray, move: str, paint: Callable, repaints: int = 4, 
     return list(camera.pyramid_frames(pictures, pixels, size, frames))
 
 
-def write_gif(path, frames: list[np.ndarray], fps: int = 15) -> None:
-    """A GIF that loops forever; written beside the path and renamed."""
-    write_atomically(path, iio.imwrite("<bytes>", np.stack(frames), extension=".gif", plugin="pillow", duration=1000 / fps, loop=0))
+def write_gif(path, frames: list[np.ndarray], fps: int = 20) -> None:
+    """A GIF that loops forever; written beside the path and renamed. A GIF counts in hundredths of a second: 20 or 10 frames a
+    second are exact, others are rounded."""
+    duration = 10 * max(2, round(100 / fps))                                # milliseconds; browsers slow down what is below 20
+    write_atomically(path, iio.imwrite("<bytes>", np.stack(frames), extension=".gif", plugin="pillow", duration=duration, loop=0))
 
 
 def write_atomically(path, data: bytes) -> None:
     """The bytes under a temporary name in the same folder, then renamed: never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+    beside = path.with_name(f"{path.name}.part")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def chinese_font(pixels: int) -> ImageFont.FreeTypeFont:
@@ -77,7 +82,7 @@ def chinese_font(pixels: int) -> ImageFont.FreeTypeFont:
         folders = [Path(mplfonts.__file__).parent / "fonts"]
     except ImportError:
         pass
-    for name in [name for name in FONTS] + [str(folder / name) for folder in folders for name in FONTS]:
+    for name in [*FONTS] + [str(folder / name) for folder in folders for name in FONTS]:
         try:
             return ImageFont.truetype(name, pixels)
         except OSError:

@@ -111,13 +111,14 @@ class TransformerBlock(nn.Module):
     def __init__(self, dim: int, context_dim: int | None = None, heads: int = 4):
         super().__init__()
         self.norm1, self.self_attention = nn.LayerNorm(dim), Attention(dim, heads=heads)
-        if context_dim is not None:
+        self.reads_words = context_dim is not None
+        if self.reads_words:
             self.norm2, self.cross_attention = nn.LayerNorm(dim), Attention(dim, context_dim, heads)
         self.norm3, self.feed_forward = nn.LayerNorm(dim), FeedForward(dim)
 
     def forward(self, x, context=None, mask=None):
         x = x + self.self_attention(self.norm1(x))
-        if hasattr(self, "cross_attention"):
+        if self.reads_words:
             x = x + self.cross_attention(self.norm2(x), context, mask)
         return x + self.feed_forward(self.norm3(x))
 

@@ -59,7 +59,7 @@ def pyramid_frames(pictures: list[np.ndarray], pixels: int, size: tuple[int, int
     """Zooming out over nested pictures, each holding the one before in its middle, and back in; frames of size (W, H).
 
     At depth z the view lies between pictures k - 1 < z ≤ k. It is cut from the outer one, and the inner one, which is
-    sharper, is laid over its middle. The zoom is even: each frame shrinks by the same factor.
+    sharper, is laid over its middle. Equal steps of depth shrink the view by equal factors.
     """
     images = [Image.fromarray(picture) for picture in pictures]
     w, h = images[0].size

@@ -29,7 +29,7 @@ def save(path, tree) -> None:
     path, tensors = Path(path), {}
     skeleton = _take_apart(tree, tensors, "")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f"{path.name}.part")
     try:
         save_file(tensors, beside, metadata={HEADER: json.dumps(skeleton, ensure_ascii=False)})
         with open(beside, "rb") as written:

@@ -5,8 +5,8 @@ a crash, goes on from there. Then it samples the dish, repaints what the camera'
 
     <name>_<move>.gif      the dish, moving
     <name>.png             the dish
-    held_out.png           held-out dishes, sampled (left) beside a real drawing (right): combinations it never saw
-    loss.png               the loss of the training
+    held_out_64.png        held-out dishes, sampled (left) beside a real drawing (right): combinations it never saw
+    loss_64.png            the loss of the training
 
 This file is the roof of the house: it imports from everywhere, and nothing imports it but notebooks and benchmarks.
 
@@ -76,23 +76,25 @@ def training(network, encoder, diffusion, store, checkpoint: Path | None, minute
 
 
 def fit(network, encoder, diffusion, store, checkpoint: Path, minutes: float) -> list[float]:
-    """Train, with a progress bar, and load the EMA's weights into network and encoder; at once if the checkpoint is complete.
+    """Train, with a progress bar, unless the checkpoint is of a finished training; load the EMA's weights into network and encoder.
     Returns the loss of each step."""
-    with tqdm(total=100, desc="training", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}") as bar:
-        for step in training(network, encoder, diffusion, store, checkpoint, minutes):
-            left = step.seconds * (1 / step.progress - 1)
-            bar.set_postfix_str(f"step {step.index}, loss {step.smooth_loss:.4f}, {step.pictures_per_second:.0f} pictures/s, "
-                                f"{left / 60:.1f} min left", refresh=False)
-            bar.update(100 * step.progress - bar.n)
+    if not checkpoint.exists() or files.load(checkpoint)["progress"] < 1:
+        with tqdm(total=100, desc="training", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}") as bar:
+            for step in training(network, encoder, diffusion, store, checkpoint, minutes):
+                left = step.seconds * (1 / step.progress - 1)
+                bar.set_postfix_str(f"{step.phase}, step {step.index}, loss {step.smooth_loss:.4f}, "
+                                    f"{step.pictures_per_second:.0f} pictures/s, {left / 60:.1f} min left", refresh=False)
+                bar.update(100 * step.progress - bar.n)
     saved = files.load(checkpoint)
-    files.load_into(torch.nn.ModuleDict({"network": network, "encoder": encoder}).eval(), saved["average"])
+    average = torch.nn.ModuleDict({"network": network, "encoder": encoder})
+    files.load_into(average, saved["average"])
+    average.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return saved["losses"]
 
 
 def autocast(device):
-    """Half precision for sampling, where this machine computes in it."""
-    device = torch.device(device).type
-    return torch.autocast(device, torch.float16 if fast_precision() == "fp16" else torch.bfloat16, enabled=fast_precision() != "no")
+    """bfloat16 for sampling, where this machine computes in it."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_precision() == "bf16")
 
 
 @torch.no_grad()
@@ -148,7 +150,8 @@ def main(arguments=None) -> int:
     minutes = 2.5 if torch.cuda.is_available() else 10.0
     parser.add_argument("name", nargs="?", default="番茄炒鸡蛋", help="the Chinese name of a dish, such as 土豆牛肉汤 or 砂锅茄子豆腐")
     parser.add_argument("--move", choices=MOVES, default="zoom-out", help="the camera's move")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="the folder of the pictures, the drawn dishes and the checkpoint")
+    parser.add_argument("--out", type=Path, default=Path("out"),
+                        help="the folder of the pictures, the drawn dishes and the checkpoint")
     parser.add_argument("--minutes", type=float, default=minutes, help="of training; a finished training is not repeated")
     parser.add_argument("--dishes", type=int, default=DISHES, help="drawn for the training")
     parser.add_argument("--size", type=int, default=SIZE, help="side of the pictures that the network learns, a multiple of 8")
@@ -156,12 +159,17 @@ def main(arguments=None) -> int:
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1 is none")
     parser.add_argument("--repaints", type=int, default=4, help="how often the camera moves on to something unpainted")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of the GIF")
-    parser.add_argument("--fps", type=int, default=15, help="frames a second of the GIF")
+    parser.add_argument("--fps", type=int, default=20, help="frames a second of the GIF; 10, 20 and 25 are exact in a GIF")
     parser.add_argument("--show", type=int, default=256, help="side of the GIF in pixels; small pictures are enlarged")
     parser.add_argument("--seed", type=int, default=0, help="of the noise that becomes the dish: another seed, another picture")
     options = parser.parse_args(arguments)
     if options.size % 8 or not 32 <= options.size <= 512:
         parser.error(f"--size is a multiple of 8 from 32 to 512, not {options.size}")
+    for option, least in (("minutes", 1e-3), ("dishes", BATCH), ("steps", 1), ("repaints", 1), ("seconds", 0.1), ("fps", 1), ("show", 16)):
+        if getattr(options, option) < least:
+            parser.error(f"--{option} is {least} or more, not {getattr(options, option)}")
+    if options.steps > len(NoiseSchedule.cosine()):
+        parser.error(f"--steps is at most 1000, the timesteps of the schedule, not {options.steps}")
     if not 1 <= len(options.name) <= 31 or "/" in options.name:
         parser.error(f"a dish's name has 1 to 31 characters and no slash, not {options.name!r}")
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
@@ -170,8 +178,7 @@ def main(arguments=None) -> int:
 
     characters = "".join(sorted(set("".join(dish_names("train")))))
     network, encoder, diffusion = build(characters)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
     weights = sum(parameter.numel() for parameter in itertools.chain(network.parameters(), encoder.parameters()))
     print(f"{options.name}, {options.move}: {weights / 1e6:.1f} M weights on {where}; everything goes to {options.out}/", flush=True)
     try:
@@ -179,9 +186,11 @@ def main(arguments=None) -> int:
     except ValueError as unknown:
         print(f"note: {unknown} The network has not learned this one; it will do what it can.", flush=True)
     store = prepare(options.out / f"dishes_{options.size}", options.dishes, options.size)
-    losses = fit(network, encoder, diffusion, store, options.out / f"model_{options.size}.safetensors", options.minutes)
-    sheet, curve = options.out / "held_out.png", options.out / "loss.png"
-    newest = (options.out / f"model_{options.size}.safetensors").stat().st_mtime
+    model = options.out / f"model_{options.size}.safetensors"
+    losses = fit(network, encoder, diffusion, store, model, options.minutes)
+    device = next(network.parameters()).device
+    sheet, curve = options.out / f"held_out_{options.size}.png", options.out / f"loss_{options.size}.png"
+    newest = model.stat().st_mtime
     if not curve.exists() or curve.stat().st_mtime < newest:
         loss_curve(curve, losses)
     if not sheet.exists() or sheet.stat().st_mtime < newest:

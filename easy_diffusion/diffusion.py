@@ -18,7 +18,7 @@ The step back from x_t to x_{t-1} is a Gaussian, too. Its variance is known betw
     variance="fixed_small":  beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)     right if the data is one point
     variance="fixed_large":  beta_t                                               right if the data is N(0, I)
 
-The file needs torch and, beside it, samplers.py (for Prediction alone); its example also schedule.py.
+The file needs torch and, beside it, samplers.py (for two small things); its example also schedule.py.
 
 >>> from .schedule import NoiseSchedule
 >>> diffusion = GaussianDiffusion(NoiseSchedule.cosine(1000), predicts="v")
@@ -31,7 +31,7 @@ torch.Size([8, 3, 16, 16])
 
 import torch
 
-from .samplers import Prediction
+from .samplers import Prediction, normal_noise
 
 PREDICTS = ("noise", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large")
@@ -88,7 +88,7 @@ class GaussianDiffusion:
 
         x0 [B, C, H, W] in [-1, 1], t int64 [B], context [B, L, D] and mask bool [B, L] for the network.
         """
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        noise = normal_noise(x0.shape, generator, x0.device, x0.dtype)
         output = network(self.add_noise(x0, t, noise), t, context, mask)
         error = output.float() - self.target(x0, t, noise).float()
         loss = error.square().mean(dim=tuple(range(1, error.ndim)))
@@ -113,15 +113,10 @@ def velocity_weight(snr: torch.Tensor, most: float = 5.0) -> torch.Tensor:
     return (1 + snr).clamp(max=most)
 
 
-def uniform_timesteps(batch: int, steps: int, generator=None, device="cpu") -> torch.Tensor:
-    """Training timesteps, each of 0 … steps - 1 as likely; int64 [batch]."""
-    return torch.randint(steps, (batch,), generator=generator, device=device)
-
-
-def logit_normal_timesteps(batch: int, steps: int, generator=None, device="cpu", mean=0.0, deviation=1.2) -> torch.Tensor:
+def logit_normal_timesteps(batch: int, steps: int, generator: torch.Generator, mean: float = 0.0, deviation: float = 1.2) -> torch.Tensor:
     """Training timesteps t = steps · sigmoid(N(mean, deviation²)): most often in the middle, where there is most to learn.
 
-    (Esser et al., "Scaling Rectified Flow Transformers", 2024, section 3.1.) int64 [batch].
+    (Esser et al., "Scaling Rectified Flow Transformers", 2024, section 3.1.) int64 [batch], where the generator lives.
     """
-    normal = torch.randn(batch, generator=generator, device=device)
+    normal = torch.randn(batch, generator=generator, device=generator.device)
     return (torch.sigmoid(mean + deviation * normal) * steps).long().clamp(max=steps - 1)

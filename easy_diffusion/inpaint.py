@@ -30,7 +30,8 @@ from .samplers import Prediction, Step, ddpm_step, normal_noise, spaced_timestep
 def repaint_levels(steps: int, jump: int, resamples: int) -> list[int]:
     """The walk of RePaint over noise levels steps - 1 (noisiest) … 0 and -1 (clean), one level at a time.
 
-    Whenever it first reaches one of the levels 0, jump, 2 jump ..., it climbs back `jump` levels, resamples - 1 times.
+    Whenever it first reaches one of the levels 0, jump, 2 jump ..., it climbs back `jump` levels, resamples - 1 times
+    (where there are `jump` levels above to climb: at steps - jump and higher it does not).
     The first level is steps - 1, the last -1. Raises ValueError unless 1 ≤ jump and 1 ≤ resamples.
     """
     if jump < 1 or resamples < 1:

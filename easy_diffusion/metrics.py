@@ -2,8 +2,9 @@
 
 The reader is a small convolutional network that is trained on real drawings and says which ingredients are in a picture
 and how it was cooked. A picture is *fully right* if it reads all of its ingredients, no others, and the way. Fidelity is
-the share of sampled pictures that are fully right. A yardstick must be better than what it measures: `accuracy` on real
-pictures of names that it never saw comes first, and below 98% the fidelity means nothing. The file needs nothing but torch.
+the share of sampled pictures that are fully right. A yardstick must be better than what it measures: first the reader reads
+real pictures that it never saw, and if fewer than 98% of them are fully right, the fidelity means nothing. The file needs
+nothing but torch.
 
 >>> reader = Reader(ingredients=["番茄", "鸡蛋"], ways=["炒", "汤"])
 >>> names = reader.read(torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
@@ -60,7 +61,7 @@ class Reader(nn.Module):
 
 
 def share(right: list[bool]) -> float:
-    """The share that is right; with it comes a standard error of sqrt(p (1 - p) / n)."""
+    """The share p that is right, in [0, 1]; of n pictures its standard error is sqrt(p (1 - p) / n)."""
     return sum(right) / len(right)
 
 

@@ -1,4 +1,4 @@
-"""Muon: an optimizer for the matrices of a network, which learns in half the steps of AdamW.
+"""Muon: an optimizer for the matrices of a network.
 
 A gradient of a matrix is dominated by few directions; Adam's step is, too. Muon gives all directions the same length: it
 takes the momentum M = U S Vᵀ and steps along U Vᵀ, its nearest orthogonal matrix,

@@ -153,7 +153,7 @@ def ddpm(denoise, schedule, shape=None, steps=None, spacing="trailing", generato
     shape (B, C, H, W) of the pictures, or x_T, the noise to start from. The last Step's x is the sample: it is the mean, no
     noise is added to it (diffusers adds some, for fixed_large and trailing steps).
     """
-    timesteps = spaced_timesteps(len(schedule), steps or len(schedule), spacing)
+    timesteps = spaced_timesteps(len(schedule), len(schedule) if steps is None else steps, spacing)
     return _walk(ddpm_step, denoise, schedule, shape, timesteps, generator, device, dtype, x_T)
 
 

@@ -6,7 +6,7 @@ Each step takes a batch, picks a timestep for each picture, adds that much noise
     caption dropout   some captions become "", so that the same network also learns what «nothing» looks like
                       (Ho & Salimans 2022, algorithm 1)
     EMA               a second set of weights follows the first slowly: ema += (1 - d) (weights - ema), d = min(decay,
-                      (1 + step) / (10 + step)); it is the one to sample from (Song et al. 2021, appendix C)
+                      (1 + step) / (10 + step)); it is the one to sample from (Ho et al. 2020, appendix B)
     warm-up, decay    AdamW's rate rises over the first steps and falls to zero over the last part of the run
     AdamW, then SGD   when the loss has stopped falling, plain SGD at a tiny rate settles the weights
 
@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from . import checkpoint as files
 from .muon import Muon
@@ -53,9 +54,9 @@ class TrainingStep(NamedTuple):
 
 
 def fast_precision() -> str:
-    """What accelerate calls mixed_precision, the fastest that this machine has in hardware: "bf16", "fp16" or "no"."""
+    """What accelerate calls mixed_precision: "bf16" where this machine computes bfloat16 in hardware, else "no"."""
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     has = [getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     return "bf16" if any(has) else "no"
 
@@ -69,15 +70,15 @@ def stopped_falling(losses: list[float], window: int) -> bool:
     return statistics.fmean(before) - statistics.fmean(last) < error
 
 
-def uniform(batch: int, steps: int, generator) -> torch.Tensor:
-    """Each timestep as likely; int64 [batch]."""
+def uniform_timesteps(batch: int, steps: int, generator: torch.Generator) -> torch.Tensor:
+    """Each timestep 0 … steps - 1 as likely; int64 [batch], where the generator lives."""
     return torch.randint(steps, (batch,), generator=generator, device=generator.device)
 
 
 def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, minutes: float | None = None,
           learning_rate: float = 1e-4, muon_learning_rate: float | None = None, sgd_learning_rate: float = 1e-6,
           window: int = 2000, warmup: int = 100, decay: float = 0.4, weight_decay: float = 0.01, ema: float = 0.999,
-          caption_dropout: float = 0.1, clip: float = 1.0, timesteps=uniform, seed: int = 0, checkpoint=None,
+          caption_dropout: float = 0.1, clip: float = 1.0, timesteps=uniform_timesteps, seed: int = 0, checkpoint=None,
           save_seconds: float = 30, accelerator: Accelerator | None = None) -> Iterator[TrainingStep]:
     """Train until `steps` steps or `minutes` minutes are over, whichever is first; yields every step. What the caller does
     between two steps does not count as training time.
@@ -86,14 +87,17 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     network. muon_learning_rate: if given, Muon trains the matrices, AdamW only the rest. decay: the share of the run over
     which their rates fall to zero. timesteps: (batch, T, generator) → int64 [batch]. checkpoint: a path,
     written every save_seconds seconds and at the end; if it is there already, the run goes on from it. Raises ValueError
-    if that file is of another network or the loader is empty, FloatingPointError for a loss that is not finite.
+    if that file is of another network, for an empty loader, for no time or no steps; FloatingPointError for a loss that is not finite.
     """
-    accelerator = accelerator or Accelerator(mixed_precision=fast_precision())
+    if steps < 1 or (minutes is not None and minutes <= 0):
+        raise ValueError(f"a training takes at least a step and some time, not steps={steps}, minutes={minutes}")
+    if accelerator is None:     # a process has one precision: whoever made an Accelerator before has chosen it
+        accelerator = Accelerator(mixed_precision=None if AcceleratorState._shared_state else fast_precision())
     models = torch.nn.ModuleDict({"network": network} | ({"encoder": encoder} if encoder is not None else {}))
     average = copy.deepcopy(models).requires_grad_(False).eval().to(accelerator.device)
     weights = [parameter for parameter in models.parameters() if parameter.requires_grad]
     matrices = [weight for weight in weights if weight.ndim > 1] if muon_learning_rate else []
-    others = [weight for weight in weights if weight.ndim == 1] if muon_learning_rate else weights
+    others = [weight for weight in weights if weight.ndim < 2] if muon_learning_rate else weights
     adamw = torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     muon = [Muon(matrices, muon_learning_rate, weight_decay=weight_decay)] if matrices else []
     sgd = torch.optim.SGD(weights, sgd_learning_rate)
@@ -108,7 +112,10 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         files.load_into(average, saved["average"])
         for optimizer, state in zip([adamw, *muon], saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        generator.set_state(saved["generator"])
+        if saved["predicts"] != diffusion.predicts:
+            raise ValueError(f"{checkpoint} was trained to predict {saved['predicts']}, not {diffusion.predicts}")
+        if saved["device"] == accelerator.device.type:
+            generator.set_state(saved["generator"])
         index, phase, losses, before = (saved[key] for key in ("index", "phase", "losses", "seconds"))
 
     def save():
@@ -116,7 +123,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
             files.save(checkpoint, {
                 "models": models.state_dict(), "average": average.state_dict(), "generator": generator.get_state(), "index": index,
                 "optimizers": [optimizer.state_dict() for optimizer in (adamw, *muon)], "phase": phase, "losses": losses,
-                "seconds": seconds})
+                "seconds": seconds, "progress": progress(), "predicts": diffusion.predicts, "device": accelerator.device.type})
 
     def progress():
         return max(index / steps, seconds / (60 * minutes) if minutes else 0.0)
@@ -142,7 +149,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         loss = diffusion.loss(network, x0, t, context, mask, generator).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {index}; a lower learning_rate than {learning_rate} may help")
-        factor = min(1, (index + 1) / warmup) * min(1, (1 - progress()) / max(decay, 1e-9))
+        factor = min(1, (index + 1) / max(warmup, 1)) * min(1, (1 - progress()) / max(decay, 1e-9))
         optimizers, rate = ([adamw, *muon], factor * learning_rate) if phase == "adamw" else ([sgd], sgd_learning_rate)
         for optimizer, peak in zip([adamw, *muon], (learning_rate, muon_learning_rate)):
             for group in optimizer.param_groups:

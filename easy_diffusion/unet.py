@@ -39,14 +39,14 @@ class UNet(nn.Module):
         attention = tuple(attention) if attention is not None else (True,) * len(channels)
         if len(attention) != len(channels):
             raise ValueError(f"attention has one entry a level: {len(channels)}, not {len(attention)}")
-        self.patch, self.time_channels = patch, channels[0]
+        self.patch, self.time_channels, self.reads_words = patch, channels[0], context_dim is not None
         time_dim = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.pool = nn.Linear(context_dim, time_dim) if pooled else None
 
         def block(c_in, c_out, attends):
             parts = [ResidualBlock(c_in, c_out, time_dim, dropout)]
-            return nn.ModuleList(parts + [SpatialTransformer(c_out, context_dim, heads)] * attends)
+            return nn.ModuleList(parts + ([SpatialTransformer(c_out, context_dim, heads)] if attends else []))
 
         self.conv_in = nn.Conv2d(in_channels * patch ** 2, channels[0], 3, padding=1)
         self.down, skips, c = nn.ModuleList(), [channels[0]], channels[0]
@@ -69,6 +69,8 @@ class UNet(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(c, out_channels * patch ** 2, 3, padding=1))
 
     def forward(self, x, t, context=None, mask=None):
+        if context is None and self.reads_words:
+            raise ValueError("this network reads words: it needs a context [B, L, D]")
         multiple = self.patch * 2 ** sum(isinstance(part[0], Downsample) for part in self.down)
         if x.shape[-2] % multiple or x.shape[-1] % multiple:
             raise ValueError(f"height and width are multiples of {multiple} for this network, not {tuple(x.shape[-2:])}")

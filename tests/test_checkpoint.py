@@ -32,10 +32,16 @@ def test_tensors_that_share_memory_are_saved_each(tmp_path):
     assert back["part"].tolist() == [2, 3] and back["turned"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path):
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     save(tmp_path / "a", {"step": 1})
     with pytest.raises(TypeError, match="'deep.thing' there is a object"):
         save(tmp_path / "a", {"step": 2, "deep": {"thing": object()}})
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half of i")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("easy_diffusion.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path / "a", {"step": 2})
     assert load(tmp_path / "a") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
 
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from easy_diffusion.diffusion import GaussianDiffusion, logit_normal_timesteps, uniform_timesteps, velocity_weight
+from easy_diffusion.diffusion import GaussianDiffusion, logit_normal_timesteps, velocity_weight
 from easy_diffusion.schedule import NoiseSchedule
+from easy_diffusion.train import uniform_timesteps
 
 SCHEDULES = [NoiseSchedule.linear(1000), NoiseSchedule.cosine(1000)]
 

@@ -42,6 +42,10 @@ def test_a_tenth_of_the_pairs_is_in_no_training_dish_of_any_kind():
     assert seen == set(INGREDIENTS), "each held-out ingredient is known from other pairs"
 
 
+def test_the_demo_cooks_what_it_has_never_seen():
+    assert "番茄炒鸡蛋" in dish_names("held_out")
+
+
 def test_the_same_name_and_seed_give_the_same_picture():
     a, b = draw("番茄炒鸡蛋", 64, seed=5), draw("番茄炒鸡蛋", 64, seed=5)
     assert np.array_equal(a, b) and not np.array_equal(a, draw("番茄炒鸡蛋", 64, seed=6))

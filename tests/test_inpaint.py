@@ -98,7 +98,8 @@ def test_a_painter_leaves_what_is_known_to_the_byte_and_can_be_watched():
     painted = paint(picture, mask)
     assert np.array_equal(painted[~mask], picture[~mask]) and painted.dtype == np.uint8
     assert (painted[mask] == round(1.5 * 127.5)).all()                     # the denoiser's 0.5 in [-1, 1]
-    assert len(steps) == sum(b < a for a, b in zip(levels := repaint_levels(6, 2, 2), levels[1:]))
+    levels = repaint_levels(6, 2, 2)
+    assert len(steps) == sum(b < a for a, b in zip(levels, levels[1:]))
 
 
 def test_a_walk_needs_a_jump():

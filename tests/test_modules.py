@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for folder in ("easy_diffusion", "datasets") for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
+ORDER = ["schedule", "samplers", "diffusion", "blocks", "unet", "text", "checkpoint", "muon", "train", "camera", "inpaint", "animate",
+         "metrics", "demo", "dish_shapes", "dishes", "lmdb_store", "aipos"]
 GROUND = {"schedule", "blocks", "camera", "checkpoint", "text", "samplers", "lmdb_store"}
 
 
@@ -49,6 +51,7 @@ def test_a_module_copies_out_and_its_example_runs(path, tmp_path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
 def test_floors(path):
     text = path.read_text()
+    assert all(ORDER.index(name) < ORDER.index(path.stem) for name in imported(path)), "a file imports only files below it"
     if path.stem in GROUND:
         assert not imported(path)
     if path.stem != "demo":

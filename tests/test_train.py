@@ -10,7 +10,7 @@ from easy_diffusion.diffusion import GaussianDiffusion
 from easy_diffusion.samplers import ddim
 from easy_diffusion.schedule import NoiseSchedule
 from easy_diffusion.text import CharacterEncoder
-from easy_diffusion.train import stopped_falling, train
+from easy_diffusion.train import fast_precision, stopped_falling, train
 from easy_diffusion.unet import UNet
 
 DIFFUSION = GaussianDiffusion(NoiseSchedule.cosine(100), predicts="v")
@@ -124,6 +124,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(tmp_path):
         network.conv_out.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="nan at step 0"):
         list(train(network, DIFFUSION, torch.utils.data.DataLoader(Bright(), 8), encoder, steps=3, accelerator=Accelerator()))
+
+
+@pytest.mark.parametrize("wrong", [dict(minutes=0), dict(minutes=-1), dict(steps=0)])
+def test_no_time_and_no_steps_are_refused(wrong):
+    with pytest.raises(ValueError, match=str(list(wrong.values())[0])):
+        next(run(**wrong))
+
+
+def test_a_checkpoint_that_predicts_something_else_is_refused(tmp_path):
+    list(run(tmp_path / "c.safetensors", steps=2))
+    network, encoder = parts()
+    other = GaussianDiffusion(NoiseSchedule.cosine(100), predicts="x0")
+    with pytest.raises(ValueError, match="to predict v, not x0"):
+        next(train(network, other, torch.utils.data.DataLoader(Bright(), 8), encoder, checkpoint=tmp_path / "c.safetensors"))
+
+
+def test_precision_is_one_that_accelerate_knows():
+    assert fast_precision() in ("bf16", "no")
 
 
 def test_an_empty_loader_is_named():
