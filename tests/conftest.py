@@ -1,9 +1,17 @@
 """What several tests share: a toy network and a Gaussian world whose best denoiser is known exactly."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from easy_diffusion.samplers import Prediction
+
+
+def pytest_sessionstart(session):
+    """The notebooks, run in short, keep their store and their network here; each session begins anew."""
+    shutil.rmtree(Path(__file__).parents[1] / "out" / "tiny", ignore_errors=True)
 
 
 @pytest.fixture
