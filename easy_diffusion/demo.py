@@ -198,7 +198,8 @@ def main(arguments=None) -> int:
 
     dish = sample(network, encoder, diffusion, [options.name], options.size, options.steps, options.guidance, options.seed, bar=True)[0]
     write_png(options.out / f"{options.name}.png", contact_sheet([[dish]], [options.name], columns=1, side=options.show))
-    paint = painter(guided_denoiser(network, encoder, diffusion, [options.name], options.guidance), diffusion.schedule, options.steps,
+    # Around a dish there is a table, of which its name says nothing; guided by the name the model would paint slices of more dishes.
+    paint = painter(guided_denoiser(network, encoder, diffusion, [""], guidance=1.0), diffusion.schedule, options.steps, resamples=8,
                     generator=torch.Generator().manual_seed(options.seed), device=device,
                     watch=partial(tqdm, desc="repainting what the camera uncovers", unit="step", leave=False))
     film = animate(dish, options.move, paint, options.repaints, options.seconds, options.fps, (options.show, options.show))
