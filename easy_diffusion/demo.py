@@ -131,11 +131,12 @@ def held_out_sheet(network, encoder, diffusion, size: int, guidance: float, coun
 
 
 def loss_curve(path: Path, losses: list[float]) -> None:
-    """The loss of each step and its mean over 100 steps."""
+    """The loss of each step and its mean over 100 steps, or fewer of a short training."""
+    window = min(100, len(losses))
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(losses, color="lightgrey", linewidth=0.5, label="each step")
-    axes.plot(np.arange(99, len(losses)), np.convolve(losses, np.ones(100) / 100, "valid"), label="mean of 100")
+    axes.plot(np.arange(window - 1, len(losses)), np.convolve(losses, np.ones(window) / window, "valid"), label=f"mean of {window}")
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"training, {len(losses)} steps")
     axes.legend()
     buffer = io.BytesIO()

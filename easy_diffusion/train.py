@@ -110,7 +110,9 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         saved = files.load(checkpoint)
         files.load_into(models, saved["models"])
         files.load_into(average, saved["average"])
-        for optimizer, state in zip([adamw, *muon], saved["optimizers"], strict=True):
+        if len(saved["optimizers"]) != len([adamw, *muon]):
+            raise ValueError(f"{checkpoint} was trained {'without' if muon else 'with'} Muon, so muon_learning_rate must tell the same")
+        for optimizer, state in zip([adamw, *muon], saved["optimizers"]):
             optimizer.load_state_dict(state)
         if saved["predicts"] != diffusion.predicts:
             raise ValueError(f"{checkpoint} was trained to predict {saved['predicts']}, not {diffusion.predicts}")

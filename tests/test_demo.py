@@ -81,7 +81,7 @@ def test_help_is_complete_and_wrong_options_are_named():
     for option in ("--move", "--out", "--minutes", "--dishes", "--size", "--steps", "--guidance", "--repaints",
                    "--seconds", "--fps", "--show", "--seed"):
         assert option in text
-    assert text.count("(default: ") == 13
+    assert " ".join(text.split()).count("(default: ") == 13
     for wrong in (("--size", "60"), ("--move", "sideways"), ("--minutes", "0"), ("--fps", "0"), ("--repaints", "0"),
                   ("--steps", "1001"), ("a/b",)):
         assert wrong[-1] in call(*wrong).stderr

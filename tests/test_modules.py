@@ -42,7 +42,7 @@ def test_a_module_copies_out_and_its_example_runs(path, tmp_path):
         module = f"copied.{path.stem}"
     program = ("import doctest, importlib, sys\n"
                f"result = doctest.testmod(importlib.import_module('{module}'))\n"
-               "assert result.attempted > 1, 'no example'\n"
+               "assert result.attempted > 0, 'no example'\n"
                "sys.exit(result.failed)")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

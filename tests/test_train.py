@@ -90,7 +90,9 @@ def test_a_broken_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(tmp_p
     different = [name for name, p in step.network.state_dict().items() if not torch.equal(p, resumed[-1].network.state_dict()[name])]
     assert len(load(tmp_path / "c.safetensors")["losses"]) == 12
     assert different == []
-    assert list(run(tmp_path / "c.safetensors")) == []                     # complete: nothing is left to do
+    assert list(run(tmp_path / "c.safetensors", muon_learning_rate=muon)) == []        # complete: nothing is left to do
+    with pytest.raises(ValueError, match="with Muon" if muon else "without Muon"):
+        list(run(tmp_path / "c.safetensors", muon_learning_rate=None if muon else 1e-3))
 
 
 def test_a_checkpoint_of_another_network_is_refused_and_kept(tmp_path):
@@ -103,12 +105,14 @@ def test_a_checkpoint_of_another_network_is_refused_and_kept(tmp_path):
 
 
 def test_stopped_falling_tells_a_slope_from_a_plateau():
-    noise = random.Random(0)
-    falling = [1 - i / 1000 + noise.gauss(0, 0.1) for i in range(800)]
-    flat = [0.5 + noise.gauss(0, 0.1) for i in range(800)]
-    assert not stopped_falling(falling, 400) and stopped_falling(flat, 400)
-    assert not stopped_falling(flat, 401), "two whole windows are needed"
-    assert stopped_falling([0.5] * 10, 5)
+    def losses(slope, seed):
+        noise = random.Random(seed)
+        return [1 - slope * i + noise.gauss(0, 0.1) for i in range(800)]
+    # The windows' means differ by 400 slopes, with a standard error of 0.1 sqrt(2 / 400) = 0.007.
+    assert not any(stopped_falling(losses(1e-4, seed), 400) for seed in range(50))           # 0.04: 5.7 standard errors
+    assert sum(stopped_falling(losses(0, seed), 400) for seed in range(50)) > 35             # P(z < 1) = 0.84, 42 of 50 expected
+    assert not stopped_falling(losses(0, 0), 401), "two whole windows are needed"
+    assert not stopped_falling([0.5 - i / 100 for i in range(10)], 5) and stopped_falling([0.4, 0.5] * 10, 10)
 
 
 def test_sgd_settles_the_weights_when_the_loss_has_stopped_falling():
