@@ -8,6 +8,7 @@ trained names with its own sampler, and the reader reads them.
 import argparse
 import random
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm.auto import tqdm
@@ -64,6 +65,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=2.5 if torch.cuda.is_available() else 10.0, help="of training")
     parser.add_argument("--size", type=int, default=demo.SIZE, help="side of the pictures")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the drawn dishes and the reader are kept")
+    parser.add_argument("--checkpoint", type=Path, help="measure this training, one of the demo's, instead of a new one")
     options = parser.parse_args()
     size, minutes, count = options.size, (0.2 if options.quick else options.minutes), (20 if options.quick else 300)
     store = demo.prepare(options.out / f"dishes_{size}", 2000 if options.quick else demo.DISHES, size)
@@ -77,16 +79,26 @@ def main():
     names = {split: random.Random(0).sample(dish_names(split), count) for split in ("held_out", "train")}
     torch.manual_seed(0)
     network, encoder, diffusion = demo.build("".join(dish_names("train")))
-    moments, rows, seen = [0.5, 1.0], [], 0
-    bar = tqdm(demo.training(network, encoder, diffusion, store, None, minutes), desc="training", unit="step")
-    for step in bar:
-        seen += demo.BATCH
-        bar.set_postfix_str(f"loss {step.smooth_loss:.4f}, {step.pictures_per_second:.0f} pictures/s, {step.progress:.0%}", refresh=False)
-        if step.progress >= moments[0]:
-            moments.pop(0)
-            rows.append({"minutes": round(step.seconds / 60, 2), "pictures": seen, "loss": step.smooth_loss} | {
-                f"{split}_fidelity": fidelity(reader, step.network, step.encoder, diffusion, names[split], size) for split in names})
-            tqdm.write(str(rows[-1]))
+    rows = []
+
+    def measure(network, encoder, seconds, steps, loss):
+        rows.append({"minutes": round(seconds / 60, 2), "pictures": steps * demo.BATCH, "loss": loss} | {
+            f"{split}_fidelity": fidelity(reader, network, encoder, diffusion, names[split], size) for split in names})
+        tqdm.write(str(rows[-1]))
+
+    if options.checkpoint:
+        saved = checkpoint.load(options.checkpoint)
+        checkpoint.load_into(torch.nn.ModuleDict({"network": network, "encoder": encoder}).eval(), saved["average"])
+        measure(network, encoder, saved["seconds"], saved["index"], fmean(saved["losses"][-100:]))
+    else:
+        moments = [0.5, 1.0]
+        bar = tqdm(demo.training(network, encoder, diffusion, store, None, minutes), desc="training", unit="step")
+        for step in bar:
+            bar.set_postfix_str(f"loss {step.smooth_loss:.4f}, {step.pictures_per_second:.0f} pictures/s, {step.progress:.0%}",
+                                refresh=False)
+            if step.progress >= moments[0]:
+                moments.pop(0)
+                measure(step.network, step.encoder, step.seconds, step.index + 1, step.smooth_loss)
     last = rows[-1]
     finish("fidelity", {"held_out_fidelity": last["held_out_fidelity"], "trained_fidelity": last["train_fidelity"],
                         "minutes": last["minutes"], "size": size, "reader_accuracy": accuracy}, rows, options.quick)
