@@ -78,14 +78,15 @@ def training(network, encoder, diffusion, store, checkpoint: Path | None, minute
 def fit(network, encoder, diffusion, store, checkpoint: Path, minutes: float) -> list[float]:
     """Train, with a progress bar, unless the checkpoint is of a finished training; load the EMA's weights into network and encoder.
     Returns the loss of each step."""
-    if not checkpoint.exists() or files.load(checkpoint)["progress"] < 1:
+    saved = files.load(checkpoint) if checkpoint.exists() else None
+    if saved is None or saved["progress"] < 1:
         with tqdm(total=100, desc="training", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}") as bar:
             for step in training(network, encoder, diffusion, store, checkpoint, minutes):
                 left = step.seconds * (1 / step.progress - 1)
                 bar.set_postfix_str(f"{step.phase}, step {step.index}, loss {step.smooth_loss:.4f}, "
                                     f"{step.pictures_per_second:.0f} pictures/s, {left / 60:.1f} min left", refresh=False)
                 bar.update(100 * step.progress - bar.n)
-    saved = files.load(checkpoint)
+        saved = files.load(checkpoint)
     average = torch.nn.ModuleDict({"network": network, "encoder": encoder})
     files.load_into(average, saved["average"])
     average.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,8 +178,7 @@ def main(arguments=None) -> int:
     start = time.perf_counter()
     torch.manual_seed(0)
 
-    characters = "".join(sorted(set("".join(dish_names("train")))))
-    network, encoder, diffusion = build(characters)
+    network, encoder, diffusion = build("".join(dish_names("train")))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
     weights = sum(parameter.numel() for parameter in itertools.chain(network.parameters(), encoder.parameters()))
     print(f"{options.name}, {options.move}: {weights / 1e6:.1f} M weights on {where}; everything goes to {options.out}/", flush=True)
