@@ -9,8 +9,12 @@ Many small Gaussian steps are one large Gaussian step, so any x_t comes straight
     alpha_bar_t = (1 - beta_0) (1 - beta_1) ... (1 - beta_t)
     x_t = signal_t x0 + noise_t ε,    signal_t = sqrt(alpha_bar_t),    noise_t = sqrt(1 - alpha_bar_t)
 
-(Ho et al., "Denoising Diffusion Probabilistic Models", 2020, eq. 2 and 4.) A schedule is nothing but the T betas;
-everything here is float64, and t = 0 is the least noise. The file needs nothing but torch.
+(Ho et al., "Denoising Diffusion Probabilistic Models", 2020, eq. 2 and 4.) A schedule is nothing but the T betas, and each
+constructor below is one published way to choose them; everything is float64, and t = 0 is the least noise.
+
+The usual schedules keep a little signal at the end, sqrt(alpha_bar_T) of 0.07 in Stable Diffusion's: a network that was
+trained so has never seen pure noise, yet sampling starts from it, and the pictures' brightness suffers. `zero_terminal_snr`
+mends a schedule (Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023). The file needs nothing but torch.
 
 >>> schedule = NoiseSchedule.cosine(1000)
 >>> len(schedule), round(float(schedule.signal[0]), 4)
@@ -45,11 +49,47 @@ class NoiseSchedule:
         return cls(torch.linspace(first, last, steps, dtype=torch.float64))
 
     @classmethod
+    def quad(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> "NoiseSchedule":
+        """The betas' square roots on a straight line: slower at first than `linear`."""
+        return cls(torch.linspace(first ** 0.5, last ** 0.5, steps, dtype=torch.float64) ** 2)
+
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000) -> "NoiseSchedule":
+        """Stable Diffusion's: `quad` from 0.00085 to 0.012 (Rombach et al., "Latent Diffusion", 2022)."""
+        return cls.quad(steps, 0.00085, 0.012)
+
+    @classmethod
+    def const(cls, steps: int = 1000, beta: float = 0.02) -> "NoiseSchedule":
+        """The same beta at every step, so that the signal decays like radioactivity."""
+        return cls(torch.full((steps,), beta, dtype=torch.float64))
+
+    @classmethod
+    def jsd(cls, steps: int = 1000) -> "NoiseSchedule":
+        """Betas 1/T, 1/(T-1) … 1, so that alpha_bar falls on a straight line to zero (Sohl-Dickstein et al., "Deep Unsupervised
+        Learning using Nonequilibrium Thermodynamics", 2015, section 2.4.1)."""
+        return cls(1 / torch.arange(steps, 0, -1, dtype=torch.float64))
+
+    @classmethod
+    def sigmoid(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> "NoiseSchedule":
+        """Betas along the S of a sigmoid from -6 to 6 (Xu et al., "GeoDiff", 2022)."""
+        return cls(torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64)) * (last - first) + first)
+
+    @classmethod
     def cosine(cls, steps: int = 1000, offset: float = 0.008, largest_beta: float = 0.999) -> "NoiseSchedule":
         """alpha_bar follows a squared cosine (Nichol & Dhariwal, "Improved DDPM", 2021, eq. 17)."""
         u = torch.arange(steps + 1, dtype=torch.float64) / steps
         alphas_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
         return cls((1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=largest_beta))
+
+    def zero_terminal_snr(self) -> "NoiseSchedule":
+        """The same schedule, its signal shifted and stretched so that the last timestep is pure noise (Lin et al. 2023,
+        algorithm 1): signal ← (signal - signal_T) · signal_1 / (signal_1 - signal_T)."""
+        if len(self) < 2:
+            raise ValueError("a schedule of one timestep has no last one to rescale")
+        first, last = self.signal[0], self.signal[-1]
+        alphas_bar = ((self.signal - last) * first / (first - last)) ** 2
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar[:-1]])
+        return NoiseSchedule(1 - alphas_bar / before)
 
     def __len__(self) -> int:
         return len(self.betas)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from easy_diffusion.schedule import NoiseSchedule
 
@@ -10,6 +11,9 @@ from easy_diffusion.schedule import NoiseSchedule
 @pytest.mark.parametrize("ours, theirs", [
     (NoiseSchedule.linear(1000), dict(beta_schedule="linear")),
     (NoiseSchedule.cosine(1000), dict(beta_schedule="squaredcos_cap_v2")),
+    (NoiseSchedule.scaled_linear(1000), dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)),
+    (NoiseSchedule.quad(200, 1e-3, 0.03), dict(beta_schedule="scaled_linear", beta_start=1e-3, beta_end=0.03, num_train_timesteps=200)),
+    (NoiseSchedule.sigmoid(1000), dict(beta_schedule="sigmoid", beta_start=1e-4, beta_end=0.02)),
     (NoiseSchedule.cosine(50), dict(beta_schedule="squaredcos_cap_v2", num_train_timesteps=50)),
 ])
 def test_betas_equal_diffusers(ours, theirs):
@@ -41,3 +45,33 @@ def test_signal_and_noise_take_the_form_of_what_they_multiply():
 def test_impossible_betas_are_refused(betas):
     with pytest.raises(ValueError):
         NoiseSchedule(betas)
+
+
+def test_jsd_lets_the_signal_fall_on_a_straight_line_to_nothing():
+    schedule = NoiseSchedule.jsd(100)
+    assert schedule.betas[[0, 1, 98, 99]].tolist() == pytest.approx([1 / 100, 1 / 99, 1 / 2, 1], abs=1e-15)
+    torch.testing.assert_close(schedule.alphas_bar, 1 - torch.arange(1, 101, dtype=torch.float64) / 100, rtol=0, atol=1e-13)
+
+
+def test_const_lets_the_signal_decay_by_the_same_factor():
+    schedule = NoiseSchedule.const(300, 0.03)
+    torch.testing.assert_close(schedule.alphas_bar, 0.97 ** torch.arange(1, 301, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.scaled_linear(), NoiseSchedule.cosine(100)],
+                         ids=["linear", "scaled", "cosine"])
+def test_zero_terminal_snr_equals_diffusers_and_ends_in_pure_noise(schedule):
+    rescaled = schedule.zero_terminal_snr()
+    assert rescaled.signal[-1] == 0 and rescaled.noise[-1] == 1
+    assert rescaled.signal[0] == pytest.approx(float(schedule.signal[0]), abs=1e-12)            # the first one stays
+    torch.testing.assert_close(rescaled.betas, rescale_zero_terminal_snr(schedule.betas), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="one timestep"):
+        NoiseSchedule([0.5]).zero_terminal_snr()
+
+
+def test_every_schedule_is_float64_and_only_ever_adds_noise():
+    for build in (NoiseSchedule.linear, NoiseSchedule.quad, NoiseSchedule.scaled_linear, NoiseSchedule.const, NoiseSchedule.jsd,
+                  NoiseSchedule.sigmoid, NoiseSchedule.cosine):
+        schedule = build(200)
+        assert len(schedule) == 200 and schedule.betas.dtype == torch.float64
+        assert (schedule.signal.diff() < 0).all() and (schedule.noise.diff() > 0).all(), build
