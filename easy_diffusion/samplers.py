@@ -1,4 +1,4 @@
-"""From noise to picture: DDPM, DDIM and guidance.
+"""From noise to picture: DDPM, DDIM, DPM-Solver++, Heun, and guidance.
 
 A sampler takes a denoiser, a function (x_t, t) -> Prediction(x0, noise, log_variance), walks down a list of
 timesteps and yields every step; the caller draws, logs or stops. One jump from t to an earlier s (s = -1 is the
@@ -9,7 +9,15 @@ clean picture) is, with a = alpha_bar,
     DDIM:  x_s = sqrt(a_s) x0 + sqrt(1 - a_s - σ²) ε + σ z,   σ = η sqrt((1 - a_s) / (1 - a_t) · beta)
 
 (Ho et al. 2020, eq. 7; Song et al., "Denoising Diffusion Implicit Models", 2021, eq. 12 and 16.) η = 0 is
-deterministic, η = 1 is DDPM. Guidance and clipping are functions from denoiser to denoiser, so they compose.
+deterministic, η = 1 is DDPM. Without the random z a sampler solves an ordinary differential equation, which in terms of
+x̄ = x / signal and σ̄ = noise / signal is simply dx̄/dσ̄ = ε(x̄, σ̄). DDIM is Euler's method for it; two others look at its bend:
+
+    Heun:           x̄_s = x̄_t + (σ̄_s - σ̄_t) (ε_t + ε_s) / 2,   ε_s at the end of Euler's step
+    DPM-Solver++:   x_s = (noise_s / noise_t) x_t + signal_s (1 - e^-h) x0',   h = λ_s - λ_t,   λ = log(signal / noise),
+                    x0' = x0_t + (x0_t - x0_r) h / (2 h_r): x0 in the middle of the step, from the step before, r → t
+
+(Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022, algorithm 1; Lu et al.,
+"DPM-Solver++", 2022, algorithm 2.) Guidance and clipping are functions from denoiser to denoiser, so they compose.
 The file needs nothing but torch and numpy; its example also schedule.py.
 
 >>> from .schedule import NoiseSchedule
@@ -46,46 +54,96 @@ class Step(NamedTuple):
     x0: torch.Tensor
 
 
-def spaced_timesteps(total: int, steps: int, spacing: str = "trailing") -> list[int]:
+def spaced_timesteps(total: int, steps: int, spacing="trailing") -> list[int]:
     """`steps` of the `total` timesteps, from the noisiest down.
 
     "uniform" counts up from 0 in strides of total // steps (Song et al. 2021, appendix D.2; diffusers' "leading");
+    "quadratic" grows with the square, from 0 to total - 1 (the same appendix; its authors' code ends at 0.8 total);
     "trailing" counts down from total - 1, so that sampling starts where there is only noise (Lin et al., "Common
-    diffusion noise schedules and sample steps are flawed", 2023, table 2). Raises ValueError for other steps or spacing.
+    diffusion noise schedules and sample steps are flawed", 2023, table 2). A list of timesteps is taken as it is, and
+    `steps` is ignored. Raises ValueError for other steps or spacing, and for a list that does not fall.
     """
+    if not isinstance(spacing, str):
+        timesteps = [int(t) for t in spacing]
+        if not timesteps or any(t <= s for t, s in zip(timesteps, [*timesteps[1:], -1])) or timesteps[0] >= total:
+            raise ValueError(f"timesteps fall from at most {total - 1} to at least 0, each once; these are {timesteps}")
+        return timesteps
     if not 1 <= steps <= total:
         raise ValueError(f"steps is 1 to {total}, the length of the schedule, not {steps}")
     if spacing == "uniform":
         return [i * (total // steps) for i in reversed(range(steps))]
+    if spacing == "quadratic":
+        return _rounded([(total - 1) * (i / max(steps - 1, 1)) ** 2 for i in range(steps)], total)
     if spacing == "trailing":
         return [round(total - i * total / steps) - 1 for i in range(steps)]
-    raise ValueError(f'spacing is "uniform" or "trailing", not {spacing!r}')
+    raise ValueError(f'spacing is "uniform", "quadratic", "trailing" or a list of timesteps, not {spacing!r}')
 
 
-def guided(denoise, denoise_nothing, scale: float):
+def karras_timesteps(schedule, steps: int, rho: float = 7.0, largest: float = 80.0) -> list[int]:
+    """`steps` timesteps nearest to Karras' noise levels σ̄_i = (σ̄_max^(1/ρ) + i / (n - 1) (σ̄_min^(1/ρ) - σ̄_max^(1/ρ)))^ρ.
+
+    (Karras et al. 2022, eq. 5.) They crowd where there is little noise. σ̄_max is the schedule's, or `largest` where that is
+    less: cosine ends at thousands, where there is nothing to see. Nearest in log σ̄; each timestep once.
+    """
+    if not 1 <= steps <= len(schedule):
+        raise ValueError(f"steps is 1 to {len(schedule)}, the length of the schedule, not {steps}")
+    sigmas = (schedule.noise / schedule.signal).numpy()
+    high, low = min(sigmas[-1], largest) ** (1 / rho), sigmas[0] ** (1 / rho)
+    wanted = np.array([(low + i / max(steps - 1, 1) * (high - low)) ** rho for i in range(steps)] if steps > 1 else [high ** rho])
+    finite = np.isfinite(sigmas)
+    return _rounded(np.interp(np.log(wanted), np.log(sigmas[finite]), np.flatnonzero(finite)), len(schedule))
+
+
+def _rounded(rising, total) -> list[int]:
+    """Rising positions → whole timesteps below `total`, each once, from the noisiest down."""
+    timesteps = []
+    for i, t in enumerate(rising):
+        timesteps.append(max(round(float(t)), timesteps[-1] + 1 if timesteps else 0))
+    room = total - len(timesteps)
+    return [min(t, room + i) for i, t in enumerate(timesteps)][::-1]
+
+
+def guided(denoise, denoise_nothing, scale: float, interval: tuple[float, float] | None = None, rescale: float = 0.0, schedule=None):
     """Classifier-free guidance: ε = ε_nothing + scale (ε_text - ε_nothing); scale = 1 is no guidance.
 
     (Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022, eq. 6, with scale = 1 + w.) x0 and ε are linear in each
     other at the same x_t, so both are mixed alike. The variance is the text's.
+    interval: guide only at timesteps from interval[0] to interval[1]; elsewhere the text alone is asked, which is half of the
+    work (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024). rescale: how far, from 0 to 1, x0's contrast is
+    brought back to what it is without guidance, against garish colours (Lin et al. 2023, eq. 15 and 16); needs the schedule.
     """
+    if rescale and schedule is None:
+        raise ValueError(f"rescale={rescale} needs the schedule, to bring the noise in line with the picture")
+    low, high = interval if interval is not None else (-math.inf, math.inf)
+
     def denoise_guided(x_t, t):
         text = denoise(x_t, t)
-        if scale == 1:
+        if scale == 1 or t.min() < low or t.max() > high:
             return text
         nothing = denoise_nothing(x_t, t)
         x0, noise = (torch.lerp(a, b, scale) for a, b in ((nothing.x0, text.x0), (nothing.noise, text.noise)))
+        if rescale:
+            dims = tuple(range(1, x0.ndim))
+            contrast = text.x0.std(dim=dims, keepdim=True) / x0.std(dim=dims, keepdim=True)
+            x0 = rescale * contrast * x0 + (1 - rescale) * x0
+            noise = noise_of(x0, x_t, t, schedule)
         return Prediction(x0, noise, text.log_variance)
 
     return denoise_guided
+
+
+def noise_of(x0, x_t, t, schedule) -> torch.Tensor:
+    """The noise that is in x_t if the picture is x0: ε = (x_t - signal x0) / noise_t."""
+    signal, amount = schedule.signal_and_noise(t, x_t)
+    return (x_t - signal * x0) / amount
 
 
 def clipped(denoise, schedule):
     """The picture kept within [-1, 1], the noise made to agree with it: ε = (x_t - signal x0) / noise_t."""
     def denoise_clipped(x_t, t):
         prediction = denoise(x_t, t)
-        signal, amount = schedule.signal_and_noise(t, x_t)
         x0 = prediction.x0.clamp(-1, 1)
-        return Prediction(x0, (x_t - signal * x0) / amount, prediction.log_variance)
+        return Prediction(x0, noise_of(x0, x_t, t, schedule), prediction.log_variance)
 
     return denoise_clipped
 
@@ -119,11 +177,12 @@ def _log_variance_bounds(schedule, t, s):
 
 
 def ddim_step(schedule, prediction, x_t: torch.Tensor, t: int, s: int, z: torch.Tensor, eta: float) -> torch.Tensor:
-    """From x_t to x_s with noise z, all [B, C, H, W]; eta in [0, 1]."""
+    """From x_t to x_s with noise z, all [B, C, H, W]; eta in [0, 1], and with eta = 0 z may be None."""
     a_t, a_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
     direction = math.sqrt(max(1 - a_s - sigma ** 2, 0.0))
-    return math.sqrt(a_s) * prediction.x0 + direction * prediction.noise + sigma * z
+    x_s = math.sqrt(a_s) * prediction.x0 + direction * prediction.noise
+    return x_s + sigma * z if eta else x_s
 
 
 def normal_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> torch.Tensor:
@@ -138,11 +197,12 @@ def to_pictures(x: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def _walk(step, denoise, schedule, shape, timesteps, generator, device, dtype, x_T) -> Iterator[Step]:
+def _walk(step, denoise, schedule, shape, timesteps, generator, device, dtype, x_T, noisy=True) -> Iterator[Step]:
     x = normal_noise(shape, generator, device, dtype) if x_T is None else x_T
     for index, (t, s) in enumerate(zip(timesteps, [*timesteps[1:], -1])):
         prediction = denoise(x, torch.full((len(x),), t, device=x.device))
-        x = step(schedule, prediction, x, t, s, normal_noise(x.shape, generator, x.device, x.dtype))
+        z = normal_noise(x.shape, generator, x.device, x.dtype) if noisy else None
+        x = step(schedule, prediction, x, t, s, z)
         yield Step(index, t, x, prediction.x0)
 
 
@@ -167,4 +227,54 @@ def ddim(denoise, schedule, shape=None, steps=50, eta=0.0, spacing="trailing", g
         return ddim_step(*now, eta)
 
     return _walk(step, denoise, schedule, shape, spaced_timesteps(len(schedule), steps, spacing), generator, device,
-                 dtype, x_T)
+                 dtype, x_T, noisy=eta > 0)
+
+
+def dpm_solver(denoise, schedule, shape=None, steps=20, stochastic=False, spacing="trailing", generator=None, device="cpu",
+               dtype=torch.float32, x_T=None) -> Iterator[Step]:
+    """DPM-Solver++ of second order, multistep (2M): one network call a step; yields `steps` Steps. Otherwise as `ddpm`.
+
+    stochastic: its SDE form, which adds noise at each step: x_s = (noise_s / noise_t) e^-h x_t + signal_s (1 - e^-2h) x0' +
+    noise_s sqrt(1 - e^-2h) z. The first step, for want of one before, and the last are of first order, as in diffusers.
+    """
+    before = None
+
+    def step(schedule, prediction, x_t, t, s, z):
+        nonlocal before
+        if s < 0:
+            return prediction.x0
+        h, x0 = float(lambda_of(schedule, s) - lambda_of(schedule, t)), prediction.x0
+        if before is not None:
+            x0_before, h_before = before
+            x0 = x0 + (x0 - x0_before) * (h / (2 * h_before))
+        before = prediction.x0, h
+        signal, shrink = float(schedule.signal[s]), float(schedule.noise[s] / schedule.noise[t])
+        if stochastic:
+            fresh = -math.expm1(-2 * h)
+            return shrink * math.exp(-h) * x_t + signal * fresh * x0 + float(schedule.noise[s]) * math.sqrt(fresh) * z
+        return shrink * x_t - signal * math.expm1(-h) * x0
+
+    return _walk(step, denoise, schedule, shape, spaced_timesteps(len(schedule), steps, spacing), generator, device,
+                 dtype, x_T, noisy=stochastic)
+
+
+def lambda_of(schedule, t: int) -> torch.Tensor:
+    """λ = log(signal / noise) at timestep t; -inf where there is no signal."""
+    return (schedule.signal[t] / schedule.noise[t]).log()
+
+
+def heun(denoise, schedule, shape=None, steps=18, spacing=None, generator=None, device="cpu", dtype=torch.float32,
+         x_T=None) -> Iterator[Step]:
+    """Heun's method of second order, by default on Karras' noise levels: two network calls a step, one in the last; yields
+    `steps` Steps. Otherwise as `ddpm`."""
+    def step(schedule, prediction, x_t, t, s, z):
+        x_s = ddim_step(schedule, prediction, x_t, t, s, z, eta=0.0)
+        if s < 0 or schedule.signal[t] == 0:                                # from or to infinity there is no trapezoid
+            return x_s
+        again = denoise(x_s, torch.full((len(x_s),), s, device=x_s.device))
+        sigma_t, sigma_s = (float(schedule.noise[i] / schedule.signal[i]) for i in (t, s))
+        return x_s + float(schedule.signal[s]) * (sigma_s - sigma_t) * (again.noise - prediction.noise) / 2
+
+    spacing = karras_timesteps(schedule, steps) if spacing is None else spacing
+    return _walk(step, denoise, schedule, shape, spaced_timesteps(len(schedule), steps, spacing), generator, device,
+                 dtype, x_T, noisy=False)

@@ -24,6 +24,7 @@ checkpoint.py and muon.py; its example also schedule.py, samplers.py and diffusi
 """
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -39,7 +40,10 @@ from .muon import Muon
 
 
 class TrainingStep(NamedTuple):
-    """One step: its number, its loss and what a progress bar wants to say; network and encoder are the EMA's."""
+    """One step: its number, its loss and what a progress bar wants to say; network and encoder are the EMA's.
+
+    quartiles: the smoothed loss of the timesteps in each quarter of the schedule, the least noise first (nan: none seen yet).
+    Of a loss that stands still they tell which part does (Nichol & Dhariwal 2021)."""
 
     index: int
     loss: float
@@ -51,6 +55,7 @@ class TrainingStep(NamedTuple):
     progress: float
     network: torch.nn.Module
     encoder: torch.nn.Module | None
+    quartiles: tuple[float, float, float, float]
 
 
 def fast_precision() -> str:
@@ -75,6 +80,18 @@ def uniform_timesteps(batch: int, steps: int, generator: torch.Generator) -> tor
     return torch.randint(steps, (batch,), generator=generator, device=generator.device)
 
 
+def by_quartile(before, losses: torch.Tensor, t: torch.Tensor, steps: int) -> tuple[float, float, float, float]:
+    """`before`, the smoothed loss of each quarter of the schedule, moved a fiftieth towards the losses [B] at t [B]: int64 of
+    `steps` timesteps, or float in [0, 1]."""
+    shares = (t / steps if not t.is_floating_point() else t).tolist()
+    after = []
+    for quarter, value in enumerate(before):
+        new = [loss for loss, share in zip(losses.tolist(), shares) if min(int(4 * share), 3) == quarter]
+        mean = statistics.fmean(new) if new else value
+        after.append(mean if math.isnan(value) else value + (mean - value) / 50)
+    return tuple(after)
+
+
 def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, minutes: float | None = None,
           learning_rate: float = 1e-4, muon_learning_rate: float | None = None, sgd_learning_rate: float = 1e-6,
           window: int = 2000, warmup: int = 100, decay: float = 0.4, weight_decay: float = 0.01, ema: float = 0.999,
@@ -85,7 +102,8 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
 
     loader gives (pictures uint8 [B, C, H, W], captions list[str]), again and again. encoder, if given, is trained with the
     network. muon_learning_rate: if given, Muon trains the matrices, AdamW only the rest. decay: the share of the run over
-    which their rates fall to zero. timesteps: (batch, T, generator) → int64 [batch]. checkpoint: a path,
+    which their rates fall to zero. timesteps: (batch, T, generator) → [batch], int64, or float in [0, 1] where time is
+    continuous; one with a method `reweighted` weighs the losses, too. checkpoint: a path,
     written every save_seconds seconds and at the end; if it is there already, the run goes on from it. Raises ValueError
     if that file is of another network, for an empty loader, for no time or no steps; FloatingPointError for a loss that is not finite.
     """
@@ -132,7 +150,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
 
     start, seconds, saved_at, first = time.perf_counter(), before, before, index
     smooth = statistics.fmean(losses[-100:]) if losses else None
-    seen, batches = 0, iter(())
+    seen, batches, quartiles = 0, iter(()), (math.nan,) * 4
     while progress() < 1:
         batch = next(batches, None)
         if batch is None:
@@ -142,13 +160,14 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
                 raise ValueError("the loader gives no batch: are there fewer pictures than one batch holds?")
         pictures, captions = batch
         x0 = pictures.to(accelerator.device).float() / 127.5 - 1            # [B, C, H, W] in [-1, 1]
-        t = timesteps(len(x0), len(diffusion.schedule), generator)          # [B]
+        t = timesteps(len(x0), len(diffusion), generator)                   # [B]
         context = mask = None
         models.train()
         if encoder is not None:
             dropped = torch.rand(len(x0), generator=generator, device=generator.device) < caption_dropout
             context, mask = encoder(["" if drop else caption for drop, caption in zip(dropped, captions)])
-        loss = diffusion.loss(network, x0, t, context, mask, generator).mean()
+        each = diffusion.loss(network, x0, t, context, mask, generator)     # [B]
+        loss = (timesteps.reweighted(t, each) if hasattr(timesteps, "reweighted") else each).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {index}; a lower learning_rate than {learning_rate} may help")
         factor = min(1, (index + 1) / max(warmup, 1)) * min(1, (1 - progress()) / max(decay, 1e-9))
@@ -165,6 +184,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in models.parameters()], follow)
         losses.append(loss.item())
+        quartiles = by_quartile(quartiles, each.detach(), t, len(diffusion))
         smooth = losses[-1] if smooth is None else 0.98 * smooth + 0.02 * losses[-1]
         index, seen, seconds = index + 1, seen + len(x0), before + time.perf_counter() - start
         if phase == "adamw" and index % 100 == 0 and stopped_falling(losses, window):
@@ -175,7 +195,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         paused = time.perf_counter()
         yield TrainingStep(index - 1, losses[-1], smooth, rate, phase,
                            seen / max(seconds - before, 1e-9), seconds, min(progress(), 1.0), average["network"],
-                           average["encoder"] if "encoder" in average else None)
+                           average["encoder"] if "encoder" in average else None, quartiles)
         start += time.perf_counter() - paused                               # the caller's time is not training time
     if index > first:
         save()

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 
 from datasets.dish_shapes import INGREDIENTS
 from datasets.dishes import WAYS, Dishes, attributes
-from easy_diffusion.metrics import Reader, blurred, share, train_reader
+from easy_diffusion.metrics import Reader, blurred, frechet_distance, kernel_distance, reader_features, share, train_reader
 
 
 def test_fully_right_means_all_ingredients_no_others_and_the_way():
@@ -38,3 +39,49 @@ def test_blurring_keeps_the_picture_recognisable():
     stripes[..., ::2] = 255
     contrast = blurred(stripes).std(dim=(1, 2, 3))
     assert 0.2 < (contrast < 80).float().mean() < 0.8                       # about half lose their stripes, half keep them
+
+
+def heap(count, dim, seed, shift=0.0, scale=1.0):
+    return shift + scale * torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_frechet_distance_equals_its_formula_by_the_eigenvalues_of_the_product():
+    mix = torch.randn(6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    a, b = heap(400, 6, 0) @ mix, heap(300, 6, 1, 0.3)
+    covariances = [torch.cov(x.T).numpy() for x in (a, b)]
+    expected = float((a.mean(0) - b.mean(0)).square().sum()) + (
+        (covariances[0] + covariances[1]).trace() - 2 * np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real).sum())
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(heap(50_000, 1, 0), heap(50_000, 1, 1, 2.0, 3.0)) == pytest.approx(2 ** 2 + (3 - 1) ** 2, rel=0.03)
+    few = heap(20, 64, 2)                                       # fewer pictures than features: 45 zeros, whose roots are 1e-8 off
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-4)
+
+
+def test_kernel_distance_equals_its_definition():
+    a, b = heap(9, 3, 0), heap(9, 3, 1, 0.5)
+    def k(x, y):
+        return float((x @ y / 3 + 1) ** 3)
+    pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
+    expected = sum(k(a[i], a[j]) + k(b[i], b[j]) - k(a[i], b[j]) - k(a[j], b[i]) for i, j in pairs) / len(pairs)
+    assert kernel_distance(a, b)[0] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.5])
+def test_kernel_distance_has_no_bias_and_knows_its_error(shift):
+    """200 repetitions: the mean agrees with the true value, and the stated error with how much they scatter."""
+    results = torch.tensor([kernel_distance(heap(60, 4, 2 * i), heap(60, 4, 2 * i + 1, shift)) for i in range(200)], dtype=torch.float64)
+    values, errors = results.T
+    true, _ = kernel_distance(heap(6000, 4, 1000), heap(6000, 4, 1001, shift))
+    assert float(values.mean()) == pytest.approx(true, abs=4 * float(values.std()) / 200 ** 0.5 + 1e-3)
+    assert float(errors.square().mean().sqrt()) == pytest.approx(float(values.std()), rel=0.3)
+
+
+def test_features_come_from_the_reader_and_wrong_ones_are_refused():
+    reader = Reader(["番茄"], ["炒", "汤"], width=8)
+    features = reader_features(reader, torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8))
+    assert features.shape == (7, 128) and features.dtype == torch.float64
+    with pytest.raises(ValueError, match="not 7 and 6"):
+        kernel_distance(features, features[:6])
+    with pytest.raises(ValueError, match=r"not \(7, 128\) and \(7, 64\)"):
+        frechet_distance(features, features[:, :64])

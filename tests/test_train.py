@@ -5,12 +5,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from easy_diffusion import flow_matching
 from easy_diffusion.checkpoint import load
-from easy_diffusion.diffusion import GaussianDiffusion
+from easy_diffusion.diffusion import GaussianDiffusion, ImportanceTimesteps
 from easy_diffusion.samplers import ddim
 from easy_diffusion.schedule import NoiseSchedule
+from easy_diffusion.score_sde import VarianceExploding, uniform_time
 from easy_diffusion.text import CharacterEncoder
-from easy_diffusion.train import fast_precision, stopped_falling, train
+from easy_diffusion.train import by_quartile, fast_precision, stopped_falling, train
 from easy_diffusion.unet import UNet
 
 DIFFUSION = GaussianDiffusion(NoiseSchedule.cosine(100), predicts="v")
@@ -32,10 +34,12 @@ def parts():
     return UNet(channels=(32,), blocks=1, context_dim=32), encoder
 
 
-def run(checkpoint=None, **options):
+def run(checkpoint=None, diffusion=DIFFUSION, **options):
     network, encoder = parts()
+    if getattr(diffusion, "variance", "") == "learned_range":
+        network = UNet(channels=(32,), blocks=1, context_dim=32, out_channels=6)
     loader = torch.utils.data.DataLoader(Bright(), 8)
-    return train(network, DIFFUSION, loader, encoder, checkpoint=checkpoint,
+    return train(network, diffusion, loader, encoder, checkpoint=checkpoint,
                  accelerator=Accelerator(mixed_precision="no"), **{"steps": 12, "learning_rate": 1e-3, "warmup": 2} | options)
 
 
@@ -48,6 +52,45 @@ def test_it_learns_what_the_words_mean():
     *_, last = ddim(denoise, DIFFUSION.schedule, (2, 3, 8, 8), steps=20, generator=torch.Generator().manual_seed(0))
     red, black = last.x0.mean(dim=(1, 2, 3)).tolist()
     assert red == pytest.approx(220 / 127.5 - 1, abs=0.2) and black == pytest.approx(40 / 127.5 - 1, abs=0.2)
+
+
+def assert_bright_and_dark(pictures):
+    red, black = pictures.mean(dim=(1, 2, 3)).tolist()
+    assert red == pytest.approx(220 / 127.5 - 1, abs=0.25) and black == pytest.approx(40 / 127.5 - 1, abs=0.25)
+
+
+@torch.no_grad()
+def test_the_same_loop_trains_a_flow():
+    flow = flow_matching.RectifiedFlow()
+    with torch.enable_grad():
+        *_, step = run(diffusion=flow, steps=250, ema=0.9, learning_rate=3e-3, caption_dropout=0.0,
+                       timesteps=flow_matching.logit_normal_time)
+    denoise = flow.denoiser(step.network, *step.encoder(["红", "黑"]))
+    *_, last = flow_matching.heun(denoise, (2, 3, 8, 8), steps=10, generator=torch.Generator().manual_seed(0))
+    assert_bright_and_dark(last.x)
+
+
+def test_the_same_loop_trains_the_score_of_an_sde():
+    *_, step = run(diffusion=VarianceExploding(5.0), steps=120, learning_rate=3e-3, caption_dropout=0.0, timesteps=uniform_time)
+    assert step.smooth_loss < 0.5                                          # 1 for an answer of zero, E[z²]
+
+
+def test_the_same_loop_trains_a_variance_at_timesteps_that_matter():
+    diffusion = GaussianDiffusion(NoiseSchedule.cosine(10), "v", "learned_range", vlb_weight=1.0)
+    timesteps = ImportanceTimesteps(10, history=4)
+    steps = list(run(diffusion=diffusion, steps=60, timesteps=timesteps, caption_dropout=0.0))
+    assert timesteps.drawn.sum() == 60 * 8 and timesteps.drawn.min() >= 4
+    assert timesteps.drawn.max() > 1.5 * timesteps.drawn.min()             # no longer all alike
+    answer, variance = steps[-1].network.conv_out.weight.chunk(2)
+    assert answer.any() and variance.any()                                 # both began at zero
+
+
+def test_the_loss_of_each_quarter_of_the_schedule_is_told_apart():
+    before = (float("nan"), 1.0, 2.0, 3.0)
+    t = torch.tensor([0, 24, 25, 99, 99])
+    after = by_quartile(before, torch.tensor([1.0, 3.0, 6.0, 53.0, 53.0]), t, 100)
+    assert after == pytest.approx((2.0, 1.1, 2.0, 4.0))                     # a first value, a fiftieth of the way, none seen, again
+    assert by_quartile(before, torch.tensor([1.0, 53.0]), torch.tensor([0.1, 1.0]), 1000) == pytest.approx((1.0, 1.0, 2.0, 4.0))
 
 
 def test_each_step_tells_where_it_is():
