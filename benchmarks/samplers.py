@@ -107,7 +107,7 @@ def main():
     else:
         print("no training found: a quick run draws with a new network")
         torch.nn.ModuleList(model[:2]).eval()
-    reader = trained_reader(size, 40 if options.quick else 2600, options.out)
+    reader = trained_reader(size, 40, options.out, 1000) if options.quick else trained_reader(size, 2600, options.out)
     names = random.Random(0).sample(dish_names("train"), count)
     real = reader_features(reader, torch.stack([torch.from_numpy(drawn(name, size, seed)) for seed, name in enumerate(names, 10 ** 6)]))
     runs = [(name, min(steps, 3)) for name, steps in RUNS] if options.quick else RUNS

@@ -6,11 +6,12 @@ A network sees a noisy picture x_t = signal x0 + noise ε and answers with one o
     predicts="x0":     x̂0,                          ε  = (x_t - signal x̂0) / noise
     predicts="v":      v̂ = signal ε - noise x0,     x0 = signal x_t - noise v̂,     ε = noise x_t + signal v̂
 
-(Ho et al. 2020, eq. 9 and 11; Salimans & Ho, "Progressive Distillation", 2022, section 4 and appendix D.)
+(Ho et al. 2020, eq. 15; Salimans & Ho, "Progressive Distillation", 2022, section 4 and appendix D.)
 `GaussianDiffusion` is the only place that knows which of the three it is: samplers receive a denoiser, a function
 (x_t, t) -> Prediction, and never ask. Training is a regression on the answer, `loss`. An error of the picture is the same error of
 the noise or of v, only measured otherwise: |ε̂ - ε|² = SNR |x̂0 - x0|² and |v̂ - v|² = (1 + SNR) |x̂0 - x0|², with
-SNR = signal² / noise². So a weight that depends on the SNR turns one regression into another.
+SNR = signal² / noise². So a weight that depends on the SNR turns one regression into another. (In the code the amount of noise
+is `amount`, where ε has the name `noise`.)
 
 The step back from x_t to x_{t-1} is a Gaussian, too; given x0 it is known (Ho et al. 2020, eq. 7):
 
@@ -24,10 +25,11 @@ The model does not know x0, so its variance is somewhat larger. Three choices (s
 
 L_simple says nothing about the variance; it learns from the variational bound on -log p(x0), in bits per dimension:
 
-    L_vlb = KL(q(x_T | x0) || N(0, I))  +  Σ_t KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t))  -  log p(x0 | x_1)
+    L_vlb = KL(q(x_{T-1} | x0) || N(0, I))  +  Σ_{t>0} KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t))  -  log p(x0 | x_{t=0})
 
-(Ho et al. 2020, eq. 5). The hybrid loss is L_simple + λ L_vlb, the mean held fixed in the second term (Nichol & Dhariwal
-2021, eq. 16). The file needs torch and, beside it, samplers.py (for two small things); its example also schedule.py.
+(Ho et al. 2020, eq. 5; x_{t=0} is what x_1 is there, the picture with the least noise). The hybrid loss is L_simple + λ L_vlb, the
+mean held fixed in the second term (Nichol & Dhariwal 2021, eq. 16). The file needs torch and, beside it, samplers.py (for two small
+things); its example also schedule.py.
 
 >>> from .schedule import NoiseSchedule
 >>> diffusion = GaussianDiffusion(NoiseSchedule.cosine(1000), predicts="v", variance="learned_range")
@@ -59,7 +61,8 @@ class BoundTerm(NamedTuple):
 
 class GaussianDiffusion:
     """A schedule, the meaning of the network's output, the variance of the step back, and the loss: its weight, a function of
-    the signal-to-noise ratio [B] (default: all timesteps weigh alike), and λ = vlb_weight, used with a learned variance alone.
+    the signal-to-noise ratio [B] and of `predicts` (default: all timesteps weigh alike), and λ = vlb_weight, used with a learned
+    variance alone.
 
     Raises ValueError for another `predicts` or `variance` than the module's docstring lists, and for predicts="noise" with a
     schedule that ends in pure noise, from which no picture can be told.
@@ -75,12 +78,12 @@ class GaussianDiffusion:
         self.schedule, self.predicts, self.variance = schedule, predicts, variance
         self.loss_weight, self.vlb_weight = loss_weight, vlb_weight
         self.snr = schedule.alphas_bar / (1 - schedule.alphas_bar)
-        before = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar[:-1]])
-        small = schedule.betas * (1 - before) / (1 - schedule.alphas_bar)
-        small[0] = small[min(1, len(small) - 1)]    # the last step adds no noise; this keeps its logarithm finite
+        alphas_bar_before = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_bar[:-1]])
+        small = schedule.betas * (1 - alphas_bar_before) / (1 - schedule.alphas_bar)
+        small[0] = small[1] if len(small) > 1 else schedule.betas[0]        # no noise is added there; this keeps its logarithm finite
         self.log_small, self.log_large = small.log(), schedule.betas.log()
-        self.x0_factor = before.sqrt() * schedule.betas / (1 - schedule.alphas_bar)                     # c0
-        self.x_t_factor = (1 - schedule.betas).sqrt() * (1 - before) / (1 - schedule.alphas_bar)        # c_t
+        self.x0_factor = alphas_bar_before.sqrt() * schedule.betas / (1 - schedule.alphas_bar)                     # c0
+        self.x_t_factor = (1 - schedule.betas).sqrt() * (1 - alphas_bar_before) / (1 - schedule.alphas_bar)        # c_t
 
     def __len__(self) -> int:
         return len(self.schedule)
@@ -109,19 +112,20 @@ class GaussianDiffusion:
             x0, noise = answer, (x_t - signal * answer) / amount
         else:
             x0, noise = signal * x_t - amount * answer, amount * x_t + signal * answer
-        small, large = at(self.log_small, t, x_t), at(self.log_large, t, x_t)
         if fraction is None:
-            return Prediction(x0, noise, small if self.variance == "fixed_small" else large)
-        w = (fraction + 1) / 2
-        return Prediction(x0, noise, w * large + (1 - w) * small)
+            log_variance = of_timesteps(self.log_small if self.variance == "fixed_small" else self.log_large, t, x_t)
+        else:
+            w = (fraction + 1) / 2
+            log_variance = w * of_timesteps(self.log_large, t, x_t) + (1 - w) * of_timesteps(self.log_small, t, x_t)
+        return Prediction(x0, noise, log_variance)
 
     def _split(self, output, x_t):
         """The output's answer and, with a learned variance, its second half."""
-        if self.variance != "learned_range":
-            return output, None
-        if output.shape[1] != 2 * x_t.shape[1]:
-            raise ValueError(f"a learned variance needs a network of {2 * x_t.shape[1]} output channels, not {output.shape[1]}")
-        return output.chunk(2, dim=1)
+        learned = self.variance == "learned_range"
+        if output.shape[1] != x_t.shape[1] * (1 + learned):
+            raise ValueError(f"variance={self.variance!r} needs a network of {x_t.shape[1] * (1 + learned)} output channels, "
+                             f"not {output.shape[1]}")
+        return output.chunk(2, dim=1) if learned else (output, None)
 
     def loss(self, network, x0, t, context=None, mask=None, generator=None) -> torch.Tensor:
         """L_simple (Ho et al. 2020, eq. 14) of each picture times the weight of its timestep; with a learned variance the
@@ -136,23 +140,24 @@ class GaussianDiffusion:
         error = answer.float() - self.target(x0, t, noise).float()
         loss = mean_of_each(error.square())
         if self.loss_weight is not None:
-            loss = loss * self.loss_weight(self.snr[t.cpu()]).to(loss)
+            loss = loss * self.loss_weight(self.snr[t.cpu()], self.predicts).to(loss)
         if fraction is not None:                                            # the bound moves the variance, not the mean
-            frozen = torch.cat([answer.detach(), fraction], dim=1).float()
+            frozen = torch.cat([answer.detach(), fraction], dim=1)
             loss = loss + self.vlb_weight * len(self) * self.bound_term(x0, x_t, t, self.prediction(frozen, x_t, t))
         return loss
 
     def vlb(self, network, x0, t, context=None, mask=None, generator=None) -> torch.Tensor:
         """An estimate of the bound from one term of each picture, T · L_t in bits per dimension, [B]: with t uniform its mean is
-        L_vlb without the prior's term, which no network can change. The gradient reaches mean and variance. Arguments as `loss`."""
+        L_vlb without the prior's term, which no network can change. The gradient reaches mean and variance. Arguments as `loss`;
+        `diffusion.loss = diffusion.vlb` trains on the bound alone."""
         x_t = self.add_noise(x0, t, normal_noise(x0.shape, generator, x0.device, x0.dtype))
         return len(self) * self.bound_term(x0, x_t, t, self.prediction(network(x_t, t, context, mask), x_t, t))
 
     def bound_term(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-        """L_t in bits per dimension, [B]: KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), and at t = 0 -log p(x0 | x_1)."""
-        c0, c_t = at(self.x0_factor, t, x_t), at(self.x_t_factor, t, x_t)
+        """L_t in bits per dimension, [B]: KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), and at t = 0 -log p(x0 | x_{t=0})."""
+        c0, c_t = of_timesteps(self.x0_factor, t, x_t), of_timesteps(self.x_t_factor, t, x_t)
         true_mean, mean = c0 * x0 + c_t * x_t, c0 * prediction.x0 + c_t * x_t
-        kl = gaussian_kl(true_mean, at(self.log_small, t, x_t), mean, prediction.log_variance)
+        kl = gaussian_kl(true_mean, of_timesteps(self.log_small, t, x_t), mean, prediction.log_variance)
         likelihood = discretised_log_likelihood(x0, mean, prediction.log_variance)
         first = (t == 0).view(-1, *(1,) * (x_t.ndim - 1))
         return mean_of_each(torch.where(first, -likelihood, kl)) / math.log(2)
@@ -186,7 +191,7 @@ class GaussianDiffusion:
         return denoise
 
 
-def at(values: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def of_timesteps(values: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """values [T] at timesteps t [B], as [B, 1, 1, ...], ready to meet `like` [B, ...]."""
     return values[t.cpu()].to(like).view(-1, *(1,) * (like.ndim - 1))
 
@@ -213,19 +218,21 @@ def discretised_log_likelihood(x0, mean, log_variance) -> torch.Tensor:
     return (upper - lower).clamp(min=1e-12).log()
 
 
-def velocity_weight(snr: torch.Tensor, most: float = 5.0) -> torch.Tensor:
-    """For predicts="x0": 1 + SNR, which makes it the loss of v, but not more than `most`, so that the last traces of noise,
-    where 1 + SNR is thousands, do not outweigh all else (Salimans & Ho 2022, section 4; the bound is min-SNR's)."""
-    return (1 + snr).clamp(max=most)
+def velocity_weight(snr: torch.Tensor, predicts: str, most: float = 5.0) -> torch.Tensor:
+    """The weight that makes the loss that of v, 1 + SNR times the squared error of x0, but not more than `most` times, so that the
+    last traces of noise, where 1 + SNR is thousands, do not outweigh all else (Salimans & Ho 2022, section 4; the bound is min-SNR's)."""
+    return (1 + snr).clamp(max=most) / over_error_of_x0(snr, predicts)
 
 
-def min_snr_weight(predicts: str, gamma: float = 5.0):
-    """The weight that makes the loss, whatever is predicted, min(SNR, γ) times the squared error of x0: a function of the SNR
-    (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", 2023, section 3.4)."""
-    if predicts not in PREDICTS:
-        raise ValueError(f"predicts is one of {', '.join(PREDICTS)}, not {predicts!r}")
-    of_x0 = {"noise": lambda snr: snr, "x0": torch.ones_like, "v": lambda snr: snr + 1}[predicts]    # |answer's error|² / |x0's|²
-    return lambda snr: snr.clamp(max=gamma) / of_x0(snr)
+def min_snr_weight(snr: torch.Tensor, predicts: str, gamma: float = 5.0) -> torch.Tensor:
+    """The weight that makes the loss, whatever is predicted, min(SNR, γ) times the squared error of x0 (Hang et al., "Efficient
+    Diffusion Training via Min-SNR Weighting Strategy", 2023, section 3.4). It is 0 where there is no signal at all."""
+    return snr.clamp(max=gamma) / over_error_of_x0(snr, predicts)
+
+
+def over_error_of_x0(snr: torch.Tensor, predicts: str) -> torch.Tensor:
+    """How many times the squared error of x0 the squared error of the answer is: SNR, 1 or 1 + SNR."""
+    return {"noise": snr, "x0": torch.ones_like(snr), "v": 1 + snr}[predicts]
 
 
 def logit_normal_timesteps(batch: int, steps: int, generator: torch.Generator, mean: float = 0.0, deviation: float = 1.2) -> torch.Tensor:
@@ -239,7 +246,7 @@ def logit_normal_timesteps(batch: int, steps: int, generator: torch.Generator, m
 
 class ImportanceTimesteps:
     """Timesteps drawn as often as their share of the bound's noise asks: p_t ∝ sqrt(E[L_t²]), each loss divided by T p_t, so
-    that the mean stays what it is and its variance falls (Nichol & Dhariwal 2021, eq. 18).
+    that the mean stays what it is and its variance falls (Nichol & Dhariwal 2021, eq. 18). Made for the bound, see `vlb`.
 
     Until each t has been drawn `history` times, all are as likely. train() calls it for the timesteps and then `reweighted`.
     """

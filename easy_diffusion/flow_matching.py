@@ -4,7 +4,8 @@
     v = dx_t/dt = ε - x0                                    its velocity
     L = E |v̂(x_t, t) - (ε - x0)|²                           what the network learns: the mean velocity of all lines through x_t
 
-(Liu et al., "Flow Straight and Fast", 2023, eq. 1; Lipman et al., "Flow Matching for Generative Modeling", 2023.) To sample,
+(Liu et al., "Flow Straight and Fast", 2023, eq. 1; Lipman et al., "Flow Matching for Generative Modeling", 2023; their time runs the
+other way, from noise at 0 to data at 1; ours is that of Esser et al. 2024.) To sample,
 start at noise, t = 1, and follow dx/dt = v̂ to t = 0. It is diffusion in other clothes: signal = 1 - t, noise = t, and
 
     x0 = x_t - t v̂,   ε = x_t + (1 - t) v̂
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .samplers import Prediction, Step, normal_noise
+from .samplers import Prediction, Step, first_noise, normal_noise
 from .score_sde import expanded, log_likelihood
 
 
@@ -43,7 +44,9 @@ class RectifiedFlow:
         return 1000
 
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """1 - t and t, each [B, 1, 1, ...]; so a flow takes a schedule's place in `clipped` and `guided`."""
+        """1 - t and t, each [B, 1, 1, ...]; so a flow takes a schedule's place in `clipped` and `guided`. ValueError for whole t."""
+        if not t.is_floating_point():
+            raise ValueError(f"the times of a flow are float in [0, 1], not {t.dtype}: train with timesteps=logit_normal_time")
         t = expanded(t.to(like), like)
         return 1 - t, t
 
@@ -56,6 +59,8 @@ class RectifiedFlow:
         """|v̂ - (ε - x0)|² of each picture, mean over its numbers, [B]. x0 [B, C, H, W] in [-1, 1], t float [B] in [0, 1]."""
         noise = normal_noise(x0.shape, generator, x0.device, x0.dtype)
         velocity = network(self.add_noise(x0, t, noise), 1000 * t, context, mask)
+        if velocity.shape != x0.shape:
+            raise ValueError(f"the network answers with {tuple(velocity.shape)} to pictures of {tuple(x0.shape)}")
         return (velocity.float() - (noise - x0).float()).square().flatten(1).mean(dim=1)
 
     def prediction(self, velocity: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
@@ -107,7 +112,7 @@ def _euler_step(denoise, prediction, x, t, s):
 def _walk(step, denoise, shape, steps, generator, device, dtype, x_T) -> Iterator[Step]:
     if steps < 1:
         raise ValueError(f"steps is 1 or more, not {steps}")
-    x = normal_noise(shape, generator, device, dtype) if x_T is None else x_T
+    x = first_noise(shape, generator, device, dtype, x_T)
     for index in range(steps):
         t, s = (steps - index) / steps, (steps - index - 1) / steps
         prediction = denoise(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
@@ -115,10 +120,11 @@ def _walk(step, denoise, shape, steps, generator, device, dtype, x_T) -> Iterato
         yield Step(index, t, x, prediction.x0)
 
 
-def flow_log_likelihood(denoise, x0: torch.Tensor, steps: int = 100, generator=None) -> torch.Tensor:
-    """log p(x0) of each picture in nats, [B], by the flow's own ODE from t = 0 to noise, N(0, I); see score_sde.py."""
+def flow_log_likelihood(denoise, x0: torch.Tensor, steps: int = 100, generator=None, start: float = 0.0) -> torch.Tensor:
+    """log p(x0) of each picture in nats, [B], by the flow's own ODE from t = start to noise, N(0, I); see score_sde.py. A denoiser
+    that divides by the noise, as `clipped` does, has no answer at t = 0: give it a start of 1e-3."""
     def velocity(x, t):
         prediction = denoise(x, t)
         return prediction.noise - prediction.x0
 
-    return log_likelihood(velocity, x0, prior_deviation=1.0, start=0.0, end=1.0, steps=steps, generator=generator)
+    return log_likelihood(velocity, x0, prior_deviation=1.0, start=start, end=1.0, steps=steps, generator=generator)

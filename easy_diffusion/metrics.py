@@ -69,7 +69,9 @@ class Reader(nn.Module):
 
 
 def share(right: list[bool]) -> float:
-    """The share p that is right, in [0, 1]; of n pictures its standard error is sqrt(p (1 - p) / n)."""
+    """The share p that is right, in [0, 1]; of n pictures its standard error is sqrt(p (1 - p) / n). ValueError for none."""
+    if not right:
+        raise ValueError("of no pictures there is no share")
     return sum(right) / len(right)
 
 
@@ -86,6 +88,7 @@ def train_reader(reader: Reader, loader, attributes: Callable, steps: int = 2000
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
     step = 0
     while step < steps:
+        first = step
         for pictures, names in loader:
             dishes = [attributes(name) for name in names]
             present = torch.tensor([[float(i in dish[0]) for i in reader.ingredients] for dish in dishes])
@@ -102,10 +105,12 @@ def train_reader(reader: Reader, loader, attributes: Callable, steps: int = 2000
             step += 1
             if step == steps:
                 return
+        if step == first:
+            raise ValueError("the loader gives no batch; it must give them again and again")
 
 
 def blurred(pictures: torch.Tensor) -> torch.Tensor:
-    """Half of the pictures softened by a 3×3 mean, all with noise of up to 10 grey levels; [B, 3, H, W], float, 0 … 255."""
+    """Half of the pictures softened by a 3×3 mean, all with noise of a deviation of up to 10 grey levels; [B, 3, H, W], float, 0 … 255."""
     pictures = pictures.float()
     soft = F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
     amount = torch.rand(len(pictures), 1, 1, 1, device=pictures.device)

@@ -38,7 +38,8 @@ import torch
 
 class Prediction(NamedTuple):
     """What a denoiser says about x_t [B, C, H, W]: the picture and the noise in it, both [B, C, H, W], and the
-    logarithm of the variance of the step to t - 1, [B, 1, 1, 1] (None: the lower bound, DDPM's fixed_small)."""
+    logarithm of the variance of the step to t - 1, [B, 1, 1, 1] or, where it is learned, [B, C, H, W] (None: the lower bound,
+    DDPM's fixed_small)."""
 
     x0: torch.Tensor
     noise: torch.Tensor
@@ -57,7 +58,8 @@ class Step(NamedTuple):
 def spaced_timesteps(total: int, steps: int, spacing="trailing") -> list[int]:
     """`steps` of the `total` timesteps, from the noisiest down.
 
-    "uniform" counts up from 0 in strides of total // steps (Song et al. 2021, appendix D.2; diffusers' "leading");
+    "uniform" counts up from 0 in strides of total // steps (Song et al. 2021, appendix D.2; diffusers' "leading"), so that it starts
+    at (steps - 1) (total // steps): near the end for steps that divide total, and not for a few;
     "quadratic" grows with the square, from 0 to total - 1 (the same appendix; its authors' code ends at 0.8 total);
     "trailing" counts down from total - 1, so that sampling starts where there is only noise (Lin et al., "Common
     diffusion noise schedules and sample steps are flawed", 2023, table 2). A list of timesteps is taken as it is, and
@@ -73,14 +75,15 @@ def spaced_timesteps(total: int, steps: int, spacing="trailing") -> list[int]:
     if spacing == "uniform":
         return [i * (total // steps) for i in reversed(range(steps))]
     if spacing == "quadratic":
-        return _rounded([(total - 1) * (i / max(steps - 1, 1)) ** 2 for i in range(steps)], total)
+        return _rounded([(total - 1) * (i / (steps - 1)) ** 2 for i in range(steps)] if steps > 1 else [total - 1], total)
     if spacing == "trailing":
         return [round(total - i * total / steps) - 1 for i in range(steps)]
     raise ValueError(f'spacing is "uniform", "quadratic", "trailing" or a list of timesteps, not {spacing!r}')
 
 
 def karras_timesteps(schedule, steps: int, rho: float = 7.0, largest: float = 80.0) -> list[int]:
-    """`steps` timesteps nearest to Karras' noise levels σ̄_i = (σ̄_max^(1/ρ) + i / (n - 1) (σ̄_min^(1/ρ) - σ̄_max^(1/ρ)))^ρ.
+    """`steps` timesteps nearest to Karras' noise levels σ̄_i = (σ̄_min^(1/ρ) + i / (n - 1) (σ̄_max^(1/ρ) - σ̄_min^(1/ρ)))^ρ, the
+    highest first.
 
     (Karras et al. 2022, eq. 5.) They crowd where there is little noise. σ̄_max is the schedule's, or `largest` where that is
     less: cosine ends at thousands, where there is nothing to see. Nearest in log σ̄; each timestep once.
@@ -114,11 +117,10 @@ def guided(denoise, denoise_nothing, scale: float, interval: tuple[float, float]
     """
     if rescale and schedule is None:
         raise ValueError(f"rescale={rescale} needs the schedule, to bring the noise in line with the picture")
-    low, high = interval if interval is not None else (-math.inf, math.inf)
 
     def denoise_guided(x_t, t):
         text = denoise(x_t, t)
-        if scale == 1 or t.min() < low or t.max() > high:
+        if scale == 1 or (interval is not None and (t.min() < interval[0] or t.max() > interval[1])):
             return text
         nothing = denoise_nothing(x_t, t)
         x0, noise = (torch.lerp(a, b, scale) for a, b in ((nothing.x0, text.x0), (nothing.noise, text.noise)))
@@ -151,8 +153,8 @@ def clipped(denoise, schedule):
 def ddpm_step(schedule, prediction, x_t: torch.Tensor, t: int, s: int, z: torch.Tensor) -> torch.Tensor:
     """From x_t to x_s with noise z, all [B, C, H, W].
 
-    prediction.log_variance belongs to the single step from t to t - 1. For a longer jump the variance lies between this
-    jump's bounds, beta (1 - a_s) / (1 - a_t) and beta, where that one lies between its own.
+    prediction.log_variance belongs to the single step from t to t - 1, and lies somewhere between the bounds of that step. A longer
+    jump has bounds of its own, beta (1 - a_s) / (1 - a_t) and beta; its variance is put at the same place between them.
     """
     a_t, a_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     beta = 1 - a_t / a_s
@@ -191,6 +193,15 @@ def normal_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> to
     return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
 
 
+def first_noise(shape, generator, device, dtype, x_T) -> torch.Tensor:
+    """x_T, in float32 at least; or, if it is None, noise of this shape."""
+    if x_T is not None:
+        return x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+    if shape is None:
+        raise ValueError("a sampler needs either shape, (B, C, H, W), or x_T, the noise to start from")
+    return normal_noise(shape, generator, device, dtype)
+
+
 def to_pictures(x: torch.Tensor) -> np.ndarray:
     """Samples [B, 3, H, W] in [-1, 1] → pictures uint8 [B, H, W, 3]; what lies outside is clipped."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -198,7 +209,7 @@ def to_pictures(x: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def _walk(step, denoise, schedule, shape, timesteps, generator, device, dtype, x_T, noisy=True) -> Iterator[Step]:
-    x = normal_noise(shape, generator, device, dtype) if x_T is None else x_T
+    x = first_noise(shape, generator, device, dtype, x_T)
     for index, (t, s) in enumerate(zip(timesteps, [*timesteps[1:], -1])):
         prediction = denoise(x, torch.full((len(x),), t, device=x.device))
         z = normal_noise(x.shape, generator, x.device, x.dtype) if noisy else None
@@ -210,8 +221,9 @@ def ddpm(denoise, schedule, shape=None, steps=None, spacing="trailing", generato
          dtype=torch.float32, x_T=None) -> Iterator[Step]:
     """Ancestral sampling; yields `steps` Steps (default: one for each timestep).
 
-    shape (B, C, H, W) of the pictures, or x_T, the noise to start from. The last Step's x is the sample: it is the mean, no
-    noise is added to it (diffusers adds some, for fixed_large and trailing steps).
+    shape (B, C, H, W) of the pictures, or x_T, the noise to start from; x is float32 or float64, half precision belongs into the
+    denoiser. The last Step's x is the sample: it is the mean, no noise is added to it (diffusers adds some to trailing steps, unless
+    the variance is fixed_small).
     """
     timesteps = spaced_timesteps(len(schedule), len(schedule) if steps is None else steps, spacing)
     return _walk(ddpm_step, denoise, schedule, shape, timesteps, generator, device, dtype, x_T)
@@ -265,11 +277,11 @@ def lambda_of(schedule, t: int) -> torch.Tensor:
 
 def heun(denoise, schedule, shape=None, steps=18, spacing=None, generator=None, device="cpu", dtype=torch.float32,
          x_T=None) -> Iterator[Step]:
-    """Heun's method of second order, by default on Karras' noise levels: two network calls a step, one in the last; yields
-    `steps` Steps. Otherwise as `ddpm`."""
+    """Heun's method of second order, by default on Karras' noise levels, from σ̄ = 80 at most: two network calls a step, one in the
+    last; yields `steps` Steps. Otherwise as `ddpm`."""
     def step(schedule, prediction, x_t, t, s, z):
         x_s = ddim_step(schedule, prediction, x_t, t, s, z, eta=0.0)
-        if s < 0 or schedule.signal[t] == 0:                                # from or to infinity there is no trapezoid
+        if s < 0 or schedule.signal[t] == 0:            # a clean picture is not asked again; and from σ̄ = ∞ there is no trapezoid
             return x_s
         again = denoise(x_s, torch.full((len(x_s),), s, device=x_s.device))
         sigma_t, sigma_s = (float(schedule.noise[i] / schedule.signal[i]) for i in (t, s))

@@ -10,7 +10,9 @@ Many small Gaussian steps are one large Gaussian step, so any x_t comes straight
     x_t = signal_t x0 + noise_t ε,    signal_t = sqrt(alpha_bar_t),    noise_t = sqrt(1 - alpha_bar_t)
 
 (Ho et al., "Denoising Diffusion Probabilistic Models", 2020, eq. 2 and 4.) A schedule is nothing but the T betas, and each
-constructor below is one published way to choose them; everything is float64, and t = 0 is the least noise.
+constructor below is one published way to choose them; everything is float64, and t = 0 is the least noise: our t is the papers' t - 1,
+and x0 always the clean picture. The usual numbers of `linear`, `quad`, `sigmoid` and `const` are meant for about a thousand steps: with
+a hundred they leave much of the picture at the end, from which no sampler knows how to start; take `cosine` or `jsd` there.
 
 The usual schedules keep a little signal at the end, sqrt(alpha_bar_T) of 0.07 in Stable Diffusion's: a network that was
 trained so has never seen pure noise, yet sampling starts from it, and the pictures' brightness suffers. `zero_terminal_snr`
@@ -29,15 +31,15 @@ import torch
 class NoiseSchedule:
     """The betas of T timesteps and what follows from them, all float64 [T]: alphas_bar, signal, noise.
 
-    Raises ValueError unless betas is one-dimensional, not empty and within (0, 1].
+    Raises ValueError unless betas is one-dimensional, not empty and within (0, 1), the last within (0, 1].
     """
 
     def __init__(self, betas):
-        betas = torch.as_tensor(betas, dtype=torch.float64)
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas is a list of T numbers, not a tensor of shape {tuple(betas.shape)}")
-        if not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"each beta lies in (0, 1]; these run from {betas.min():.4g} to {betas.max():.4g}")
+        if not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
+            raise ValueError(f"each beta lies in (0, 1), the last may be 1; these run from {betas.min():.4g} to {betas.max():.4g}")
         self.betas = betas
         self.alphas_bar = torch.cumprod(1 - betas, dim=0)
         self.signal = self.alphas_bar.sqrt()
@@ -65,8 +67,8 @@ class NoiseSchedule:
 
     @classmethod
     def jsd(cls, steps: int = 1000) -> "NoiseSchedule":
-        """Betas 1/T, 1/(T-1) … 1, so that alpha_bar falls on a straight line to zero (Sohl-Dickstein et al., "Deep Unsupervised
-        Learning using Nonequilibrium Thermodynamics", 2015, section 2.4.1)."""
+        """Betas 1/T, 1/(T-1) … 1, so that alpha_bar falls on a straight line to zero (J. Sohl-Dickstein et al., "Deep Unsupervised
+        Learning using Nonequilibrium Thermodynamics", 2015, section 2.4.1, where it serves binomial data)."""
         return cls(1 / torch.arange(steps, 0, -1, dtype=torch.float64))
 
     @classmethod
@@ -83,7 +85,7 @@ class NoiseSchedule:
 
     def zero_terminal_snr(self) -> "NoiseSchedule":
         """The same schedule, its signal shifted and stretched so that the last timestep is pure noise (Lin et al. 2023,
-        algorithm 1): signal ← (signal - signal_T) · signal_1 / (signal_1 - signal_T)."""
+        algorithm 1): signal ← (signal - last) · first / (first - last). Min-SNR, whose weight is 0 there, would never train it."""
         if len(self) < 2:
             raise ValueError("a schedule of one timestep has no last one to rescale")
         first, last = self.signal[0], self.signal[-1]
@@ -99,7 +101,9 @@ class NoiseSchedule:
         return float(self.alphas_bar[t]) if t >= 0 else 1.0
 
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """signal_t and noise_t for timesteps t [B], each [B, 1, 1, ...], ready to multiply `like` [B, ...]."""
-        shape = (-1,) + (1,) * (like.ndim - 1)
-        at = t.to("cpu", torch.int64)
+        """signal_t and noise_t for timesteps t int64 [B], each [B, 1, 1, ...], ready to multiply `like` [B, ...]. ValueError for times
+        that are no timesteps of this schedule."""
+        shape, at = (-1,) + (1,) * (like.ndim - 1), t.cpu()
+        if at.is_floating_point() or at.min() < 0 or at.max() >= len(self):
+            raise ValueError(f"timesteps are whole numbers from 0 to {len(self) - 1}, not {at.dtype} from {at.min():.4g} to {at.max():.4g}")
         return tuple(values[at].to(like.device, like.dtype).view(shape) for values in (self.signal, self.noise))

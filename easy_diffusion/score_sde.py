@@ -13,7 +13,7 @@ which pictures become more likely; and an ordinary differential equation has the
 
 (Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021.) The score of
 x_t = x0 + s z is -z / s on average, so it is learned as denoising is: E |s · score(x_t, t) + z|² is least at the true
-score (Vincent 2011; eq. 7 there). The flow carries density as a liquid: along it d/dt log p_t(x_t) = -div(dx/dt), so that
+score (Vincent 2011; Song et al. 2021, eq. 7). The flow carries density as a liquid: along it d/dt log p_t(x_t) = -div(dx/dt), so that
 integrating the divergence from x0 to x_1 gives log p(x0) (eq. 39). t is a float in [ε, 1]: at t = 0 the score may be infinite.
 
 The file needs nothing but torch.
@@ -59,7 +59,7 @@ class VarianceExploding:
 
     def marginal_deviation(self, t: torch.Tensor) -> torch.Tensor:
         """s(t), the standard deviation of x_t given x0; t of any shape."""
-        return torch.sqrt((self.sigma ** (2 * t) - 1) / (2 * math.log(self.sigma)))
+        return torch.sqrt(torch.expm1(2 * t * math.log(self.sigma)) / (2 * math.log(self.sigma)))
 
     def diffusion_coefficient(self, t: torch.Tensor) -> torch.Tensor:
         """g(t) = σ^t."""
@@ -81,6 +81,8 @@ class VarianceExploding:
 
         x0 [B, C, H, W], t float [B] in (0, 1].
         """
+        if not t.is_floating_point():
+            raise ValueError(f"the times of an SDE are float in (0, 1], not {t.dtype}: train with timesteps=uniform_time")
         z = normal_noise(x0.shape, generator, x0.device, x0.dtype)
         s = expanded(self.marginal_deviation(t).to(x0.dtype), x0)
         score = self.score(network, context, mask)(x0 + s * z, t.to(x0.dtype))
@@ -118,7 +120,8 @@ def euler_maruyama(score, sde, shape, steps: int = 500, least: float = 1e-3, gen
 def predictor_corrector(score, sde, shape, steps: int = 500, snr: float = 0.16, corrections: int = 1, least: float = 1e-3,
                         generator=None, device="cpu", dtype=torch.float32) -> Iterator[SDEStep]:
     """Before each step of the reverse SDE some of Langevin's, at the same t, which mend what the last step got wrong (Song et
-    al. 2021, algorithms 2 and 4). snr as in `langevin_step`, otherwise as `euler_maruyama`."""
+    al. 2021, algorithm 4; there the correction follows the step, here the step is last, so that its mean is free of noise).
+    snr as in `langevin_step`, otherwise as `euler_maruyama`."""
     x, times = _start(sde, shape, steps, least, generator, device, dtype)
     for index, (t, s) in enumerate(zip(times, times[1:])):
         for _ in range(corrections):
@@ -160,10 +163,16 @@ def probability_flow(score, sde):
 def ode(velocity, x: torch.Tensor, start: float, end: float, steps: int = 100) -> Iterator[SDEStep]:
     """x carried along dx/dt = velocity(x, t) from time `start` to `end`, forwards or backwards, by Runge and Kutta's method of fourth
     order: four network calls a step. Yields `steps` SDESteps. For samples: from 1 to 1e-3, x of N(0, s(1)²)."""
-    times = torch.linspace(start, end, steps + 1, device=x.device, dtype=x.dtype)
+    times = _times(start, end, steps, x)
     for index, (t, s) in enumerate(zip(times, times[1:])):
         x = _runge_kutta(lambda x, t: velocity(x, t.expand(len(x))), x, t, s)
         yield SDEStep(index, float(s), x, x)
+
+
+def _times(start, end, steps, like):
+    if steps < 1:
+        raise ValueError(f"at least one step, not steps={steps}")
+    return torch.linspace(start, end, steps + 1, device=like.device, dtype=like.dtype)
 
 
 def _runge_kutta(slope, x, t, s):
@@ -183,10 +192,12 @@ def log_likelihood(velocity, x0: torch.Tensor, prior_deviation: float, start: fl
 
     The divergence is estimated as eᵀ ∂v/∂x e with random signs e (Skilling 1989; Hutchinson 1990; Song et al. 2021, eq. 40):
     unbiased, and exact where coordinates do not mix. Bits per dimension: -log p / (D ln 2), and for pictures of 256 grey
-    levels spread over [-1, 1] + log2(127.5).
+    levels spread over [-1, 1] + log2(127.5); for a fair figure add noise of one level's width first, uniform in ±1/255, since a
+    density may pile up on the levels without end.
     """
-    signs = torch.randint(2, x0.shape, generator=generator, device=x0.device).to(x0.dtype) * 2 - 1
-    times = torch.linspace(start, end, steps + 1, device=x0.device, dtype=x0.dtype)
+    source = generator.device if generator is not None else x0.device
+    signs = torch.randint(2, x0.shape, generator=generator, device=source).to(x0) * 2 - 1
+    times = _times(start, end, steps, x0)
 
     def slope(state, t):
         with torch.enable_grad():

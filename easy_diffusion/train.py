@@ -5,7 +5,7 @@ Each step takes a batch, picks a timestep for each picture, adds that much noise
 
     caption dropout   some captions become "", so that the same network also learns what «nothing» looks like
                       (Ho & Salimans 2022, algorithm 1)
-    EMA               a second set of weights follows the first slowly: ema += (1 - d) (weights - ema), d = min(decay,
+    EMA               a second set of weights follows the first slowly: ema += (1 - d) (weights - ema), d = min(`ema`,
                       (1 + step) / (10 + step)); it is the one to sample from (Ho et al. 2020, appendix B)
     warm-up, decay    AdamW's rate rises over the first steps and falls to zero over the last part of the run
     AdamW, then SGD   when the loss has stopped falling, plain SGD at a tiny rate settles the weights
@@ -18,7 +18,7 @@ checkpoint.py and muon.py; its example also schedule.py, samplers.py and diffusi
 >>> class Network(torch.nn.Conv2d):
 ...     def forward(self, x_t, t, context, mask): return super().forward(x_t)
 >>> pictures = [(torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8), ["红", "绿", "蓝", "白"])]
->>> diffusion = GaussianDiffusion(NoiseSchedule.linear(100))
+>>> diffusion = GaussianDiffusion(NoiseSchedule.cosine(100))
 >>> [step.index for step in train(Network(3, 3, 1), diffusion, pictures, steps=3)]
 [0, 1, 2]
 """
@@ -165,7 +165,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         models.train()
         if encoder is not None:
             dropped = torch.rand(len(x0), generator=generator, device=generator.device) < caption_dropout
-            context, mask = encoder(["" if drop else caption for drop, caption in zip(dropped, captions)])
+            context, mask = encoder(["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)])
         each = diffusion.loss(network, x0, t, context, mask, generator)     # [B]
         loss = (timesteps.reweighted(t, each) if hasattr(timesteps, "reweighted") else each).mean()
         if not torch.isfinite(loss):

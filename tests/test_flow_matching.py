@@ -31,7 +31,10 @@ def test_the_loss_is_least_at_the_mean_velocity():
     x0 = v ** 0.5 * torch.randn(40_000, 1, 1, 1, generator=g, dtype=torch.float64)
     total = (1 - t) ** 2 * v + t ** 2
     def network(factor):
-        return lambda x, time, context, mask: factor * x * (t - (1 - t) * v) / total
+        def answer(x, time, context, mask):
+            assert time[0] == 500
+            return factor * x * (t - (1 - t) * v) / total
+        return answer
     loss = [float(FLOW.loss(network(factor), x0, torch.full((40_000,), t), generator=torch.Generator().manual_seed(1)).mean())
             for factor in (1, 0.8, 1.2)]
     assert loss[0] == pytest.approx(v / total, rel=0.03) and min(loss[1:]) > loss[0]
@@ -112,5 +115,14 @@ def test_times_lie_where_they_should():
     assert 0 < t.min() and t.max() < 1 and float(t.mean()) == pytest.approx(0.5, abs=0.003)
     # P(1/4 < sigmoid(z) < 3/4) = P(|z| < ln 3) = 0.728
     assert float(((t > 0.25) & (t < 0.75)).float().mean()) == pytest.approx(0.728, abs=0.005)
+
+
+def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="not 0"):
         next(euler(None, (1, 1), steps=0))
+    with pytest.raises(ValueError, match="either shape"):
+        next(euler(None))
+    with pytest.raises(ValueError, match="torch.int64: train with timesteps=logit_normal_time"):
+        FLOW.loss(lambda x, *a: x, torch.zeros(2, 3, 4, 4), torch.tensor([3, 500]))
+    with pytest.raises(ValueError, match=r"answers with \(2, 6, 4, 4\)"):
+        FLOW.loss(lambda x, *a: torch.cat([x, x], dim=1), torch.zeros(2, 3, 4, 4), torch.tensor([0.1, 0.5]))

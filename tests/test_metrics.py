@@ -31,6 +31,13 @@ def test_it_learns_to_read():
     assert share(right) > 0.5
 
 
+def test_no_pictures_are_refused():
+    with pytest.raises(ValueError, match="no share"):
+        share([])
+    with pytest.raises(ValueError, match="no batch"):
+        next(train_reader(Reader(["番茄"], ["炒"]), [], attributes))
+
+
 def test_blurring_keeps_the_picture_recognisable():
     pictures = torch.full((8, 3, 32, 32), 128, dtype=torch.uint8)
     out = blurred(pictures)

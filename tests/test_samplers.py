@@ -134,7 +134,7 @@ def test_dpm_solver_trajectory_equals_diffusers(toy, monkeypatch, schedule, pred
 
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule.linear(1000), NoiseSchedule.scaled_linear(1000)], ids=["linear", "scaled"])
-@pytest.mark.parametrize("predicts", ["noise", "v"])        # diffusers' Euler and Heun know no x0 of noise scaled as ours is
+@pytest.mark.parametrize("predicts", ["noise", "x0", "v"])
 @pytest.mark.parametrize("sampler, kind", [(ddim, EulerDiscreteScheduler), (heun, HeunDiscreteScheduler)])
 @pytest.mark.parametrize("steps", [5, 18, 50])
 def test_ddim_and_heun_equal_diffusers_euler_and_heun(toy, monkeypatch, schedule, predicts, sampler, kind, steps):
@@ -275,12 +275,26 @@ def test_spacings():
     assert spaced_timesteps(1000, 4, "trailing") == [999, 749, 499, 249]
     assert spaced_timesteps(1000, 5, "quadratic") == [999, 562, 250, 62, 0]
     assert spaced_timesteps(1000, 3, [900, 20, 0]) == [900, 20, 0]
+    assert spaced_timesteps(1000, 1, "quadratic") == [999]
     assert spaced_timesteps(20, 20, "quadratic") == list(range(19, -1, -1))
     assert spaced_timesteps(10, 10, "uniform") == spaced_timesteps(10, 10, "trailing") == list(range(9, -1, -1))
+
+
+def test_half_precision_stays_inside_the_denoiser(toy):
+    """x_T of bfloat16 is walked with in float32: the steps' small differences would drown in its eight bits."""
+    schedule, x_T = NoiseSchedule.cosine(1000), start().bfloat16()
+    def denoise(x_t, t):
+        return Prediction(torch.tanh(x_t), x_t)
+    for sampler in (ddpm, ddim, dpm_solver, heun):
+        half, double = ([*sampler(denoise, schedule, steps=20, x_T=x, generator=torch.Generator().manual_seed(0))][-1].x
+                        for x in (x_T, x_T.float()))
+        assert half.dtype == torch.float32 and torch.equal(half, double)
+    with pytest.raises(ValueError, match="either shape"):
+        next(ddim(denoise, schedule))
 
 
 @pytest.mark.parametrize("wrong", [dict(steps=0), dict(steps=101), dict(steps=5, spacing="leading"), dict(spacing=[5, 5]),
                                    dict(spacing=[100]), dict(steps=5, eta=1.5)])
 def test_wrong_arguments_are_named(wrong):
-    with pytest.raises(ValueError, match=re.escape(str(list(wrong.values())[-1]))):
+    with pytest.raises(ValueError, match=f"(not|are) '?{re.escape(str(list(wrong.values())[-1]))}'?$"):
         list(ddim(lambda x, t: Prediction(x, x), NoiseSchedule.linear(100), (1, 1, 2, 2), **wrong))

@@ -41,7 +41,7 @@ def test_signal_and_noise_take_the_form_of_what_they_multiply():
     assert signal.shape == noise.shape == (2, 1, 1, 1) and signal.dtype == torch.float32
 
 
-@pytest.mark.parametrize("betas", [[], [[0.1]], [0.0, 0.1], [0.1, 1.5], [float("nan")]])
+@pytest.mark.parametrize("betas", [[], [[0.1]], [0.0, 0.1], [0.1, 1.5], [1.0, 0.5], [float("nan")]])
 def test_impossible_betas_are_refused(betas):
     with pytest.raises(ValueError):
         NoiseSchedule(betas)

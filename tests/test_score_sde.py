@@ -58,6 +58,16 @@ def test_the_reverse_sde_reaches_the_mean_and_covariance(request, world, sampler
     world.assert_reached_by(last.mean, mean=0.02, covariance=0.02)
 
 
+def test_langevins_step_has_the_asked_ratio_of_score_to_noise():
+    """x moves by e·score + sqrt(2 e) z; with a constant score the two parts can be told apart by their mean and deviation."""
+    x, push = torch.zeros(4000, 30, dtype=torch.float64), torch.full((30,), 5.0, dtype=torch.float64)
+    t = torch.tensor(0.5, dtype=torch.float64)
+    moved = langevin_step(lambda x, t: push.expand_as(x), x, t, snr=0.3, generator=torch.Generator().manual_seed(0))
+    e = float(moved.mean()) / 5
+    assert float(moved.std()) == pytest.approx((2 * e) ** 0.5, rel=0.02)
+    assert e * float(push.norm()) / ((2 * e) ** 0.5 * 30 ** 0.5) == pytest.approx(0.3, rel=0.03)      # |z| is 30^½ but for 1%
+
+
 def test_langevins_steps_reach_the_marginal_from_anywhere(two_heaps):
     """At t = 0.05, s = 0.24, from one point outside; the steps have a length, so a little too much spread is left."""
     t, g = torch.tensor(0.05, dtype=torch.float64), torch.Generator().manual_seed(0)
@@ -95,8 +105,8 @@ def test_the_likelihood_of_one_number_is_its_density():
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-6)
 
 
-def test_the_mean_likelihood_is_the_entropy(two_heaps):
-    """Entropy by Monte Carlo of the exact density; the divergence is estimated, without bias."""
+def test_the_mean_likelihood_is_that_of_the_density(two_heaps):
+    """Of points drawn from two heaps; the divergence is estimated, without bias."""
     g = torch.Generator().manual_seed(0)
     which = torch.multinomial(two_heaps.weights, 4000, replacement=True, generator=g)
     root = torch.linalg.cholesky(two_heaps.covariances)
@@ -108,6 +118,13 @@ def test_the_mean_likelihood_is_the_entropy(two_heaps):
     difference = ours - exact                               # the same points: only the estimate's own noise is left
     assert float(difference.mean()) == pytest.approx(0, abs=4 * float(difference.std()) / 4000 ** 0.5 + 0.01)
     assert float(difference.mean().abs()) < 0.05 and float(exact.std()) > 0.3
+
+
+def test_whole_timesteps_are_no_times_of_an_sde():
+    with pytest.raises(ValueError, match="torch.int64: train with timesteps=uniform_time"):
+        SDE.loss(lambda x, *a: x, torch.zeros(2, 1, 1, 1), torch.tensor([3, 500]))
+    with pytest.raises(ValueError, match="steps=0"):
+        log_likelihood(lambda x, t: x, torch.zeros(2, 1), 1.0, steps=0)
 
 
 @pytest.mark.parametrize("wrong", [dict(steps=0), dict(least=0.0)])
