@@ -63,7 +63,7 @@ def _egg(u, v, rng):
 
 
 def _potato(u, v, rng):
-    outline = _box(u, v, 1.0, 0.34, 0.10)
+    outline = _box(u, v, 1.0, 0.42, 0.10)
     golden = _ramp(np.abs(u), 0.75, 1.0)
     return outline, 0.35 * _ramp(-outline, 0, 0.1), 1.2 + 0.4 * _noise(u, v, rng, 4) - golden
 
@@ -81,7 +81,7 @@ def _tofu(u, v, rng):
 
 def _shrimp(u, v, rng):
     theta, r = np.arctan2(v, u), np.hypot(u, v)
-    thick = 0.36 - 0.09 * np.abs(theta + 0.3)
+    thick = 0.42 - 0.09 * np.abs(theta + 0.3)
     outline = np.abs(r - 0.62) - np.maximum(thick, 0)
     outline = np.where(np.abs(theta) > 2.5, np.maximum(outline, 0.05), outline)
     stripes = np.cos(9 * theta)
@@ -125,7 +125,7 @@ def _wood_ear(u, v, rng):
 
 def _shiitake(u, v, rng):
     outline, r, theta = _blob(u, v, rng, 0.03), np.hypot(u, v), np.arctan2(v, u)
-    star = _ramp(np.abs(np.sin(2 * theta)) * r, 0.24, 0.10) * _ramp(r, 0.75, 0.60)
+    star = _ramp(np.abs(np.sin(2 * theta)) * r, 0.30, 0.14) * _ramp(r, 0.75, 0.60)
     return outline, _dome(outline, 0.6) - 0.08 * star, 1 - 0.4 * _ramp(r, 0.6, 0.9) + star
 
 
@@ -138,9 +138,9 @@ def _broccoli(u, v, rng):
 
 def _corn(u, v, rng):
     r, theta = np.hypot(u, v), np.arctan2(v, u)
-    outline = r - 0.90 - 0.05 * np.cos(12 * theta)
-    kernels = _ramp(np.cos(12 * theta), -0.9, 0.2) * _ramp(r, 0.42, 0.50)
-    return outline, 0.22 * _ramp(-outline, 0, 0.1) + 0.14 * kernels, 0.3 + 1.5 * kernels
+    outline = r - 0.90 - 0.06 * np.cos(9 * theta)
+    kernels = _ramp(np.cos(9 * theta), -0.9, 0.2) * _ramp(r, 0.46, 0.54)
+    return outline, 0.26 * _ramp(-outline, 0, 0.1) + 0.14 * kernels, _ramp(r, 0.46, 0.50) + kernels
 
 
 def _onion(u, v, rng):
@@ -160,7 +160,7 @@ def _lotus(u, v, rng):
 
 def _chili(u, v, rng):
     bow = v - 0.3 * u * u + 0.15
-    outline = np.maximum(np.abs(bow) - 0.22 * np.clip(1.15 - u, 0.05, 1) ** 0.5, np.abs(u) - 1.05)
+    outline = np.maximum(np.abs(bow) - 0.25 * np.clip(1.15 - u, 0.05, 1) ** 0.5, np.abs(u) - 1.05)
     return outline, _dome(outline, 0.8), 1 - 0.3 * u + 2.5 * _ramp(u, -0.72, -0.82)
 
 
@@ -188,25 +188,25 @@ class Ingredient(NamedTuple):
 
 
 INGREDIENTS = {
-    "番茄": Ingredient(_tomato, 0.33, "#f6b545 #ee5a3c #c9151b", 0.6),
-    "鸡蛋": Ingredient(_egg, 0.33, "#f2a516 #ffd42e #ffef96", 0.3),
-    "土豆": Ingredient(_potato, 0.36, "#a06a2a #d9a54f #ecca86", 0.2),
+    "番茄": Ingredient(_tomato, 0.36, "#ffcc58 #f2704a #d8201f", 0.6),
+    "鸡蛋": Ingredient(_egg, 0.34, "#f6a91a #ffd02a #fff0a4", 0.3),
+    "土豆": Ingredient(_potato, 0.38, "#a06a2a #d9a54f #ecca86", 0.2),
     "牛肉": Ingredient(_beef, 0.36, "#5c1f14 #8c4028 #b5674a", 0.4),
     "豆腐": Ingredient(_tofu, 0.30, "#e0a94e #fbf5e6 #ffffff", 0.2),
-    "虾仁": Ingredient(_shrimp, 0.30, "#e2401f #f5764f #ffbfa3", 0.6),
+    "虾仁": Ingredient(_shrimp, 0.36, "#e2401f #f5764f #ffbfa3", 0.6),
     "茄子": Ingredient(_eggplant, 0.36, "#4b1d63 #8a5a96 #e9dcae", 0.5),
     "生菜": Ingredient(_lettuce, 0.41, "#f1f7b4 #a9d83c #76b022", 0.3),
     "青椒": Ingredient(_green_pepper, 0.36, "#6fc22f #2a9a22 #16721a", 0.8),
     "胡萝卜": Ingredient(_carrot, 0.29, "#ffc163 #f57f17 #e2650b", 0.3),
     "黄瓜": Ingredient(_cucumber, 0.32, "#f3f7cf #cfe89b #2f6d2a", 0.4),
     "木耳": Ingredient(_wood_ear, 0.34, "#15110f #2c2320 #4d3d35", 0.9),
-    "香菇": Ingredient(_shiitake, 0.32, "#5a4322 #94713c #f3e3ba", 0.3),
+    "香菇": Ingredient(_shiitake, 0.32, "#5f4a33 #9a8063 #fff3d6", 0.3),
     "西兰花": Ingredient(_broccoli, 0.36, "#0d453a #1d6b55 #4a9a78 #a9cfa0 #c3dfb4", 0.1),
-    "玉米": Ingredient(_corn, 0.33, "#f7dfa0 #f6ae16 #e08c06", 0.6),
+    "玉米": Ingredient(_corn, 0.35, "#f4eab2 #b96a06 #f2a310", 0.6),
     "洋葱": Ingredient(_onion, 0.34, "#f7ecf4 #d9a3cb #9c3f8c", 0.5),
     "莲藕": Ingredient(_lotus, 0.36, "#6d543a #f0e2cc #c9a77c", 0.3),
-    "辣椒": Ingredient(_chili, 0.36, "#f0402c #d3121c #a80d18 #3d8f34", 0.9),
-    "豌豆": Ingredient(_pea, 0.30, "#8fe6a0 #45c26a #27964a", 0.7),
+    "辣椒": Ingredient(_chili, 0.40, "#f23a2c #d0141c #a30c16 #3d8f34", 0.9),
+    "豌豆": Ingredient(_pea, 0.34, "#a6efb4 #5fd286 #33a55a", 0.7),
     "香肠": Ingredient(_sausage, 0.32, "#f9cfc8 #bd4a62 #8a2444", 0.5),
 }
 

@@ -51,13 +51,13 @@ class Way(NamedTuple):
 
 WAYS = {
     "炒": Way("清炒{}", "{}炒{}", 10, 0.66, False),               # stir-fried, on a plate
-    "汤": Way("{}汤", "{}{}汤", 8, 0.60, False),                 # soup, in a bowl
+    "汤": Way("{}汤", "{}{}汤", 8, 0.63, False),                 # soup, in a bowl
     "蒸": Way("清蒸{}", "{}蒸{}", 10, 0.64, True),                # steamed, in bamboo
-    "砂锅": Way("砂锅{}", "砂锅{}{}", 9, 0.58, False),             # in a clay pot
+    "砂锅": Way("砂锅{}", "砂锅{}{}", 9, 0.61, False),             # in a clay pot
     "凉拌": Way("凉拌{}", "凉拌{}{}", 10, 0.62, True),              # a cold salad, in celadon
     "铁板": Way("铁板{}", "铁板{}{}", 10, 0.64, False),             # on a sizzling iron plate
-    "面": Way("{}面", "{}{}面", 7, 0.48, True),                  # on noodles
-    "盖饭": Way("{}盖饭", "{}{}盖饭", 7, 0.46, False),             # on rice
+    "面": Way("{}面", "{}{}面", 8, 0.55, True),                  # on noodles
+    "盖饭": Way("{}盖饭", "{}{}盖饭", 8, 0.55, False),             # on rice
 }
 PAIRS = tuple(itertools.combinations(INGREDIENTS, 2))
 HELD_OUT_PAIRS = frozenset(random.Random(1).sample(PAIRS, len(PAIRS) // 10))
@@ -185,7 +185,7 @@ def draw(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
 class Dishes(torch.utils.data.Dataset):
     """`length` drawn dishes; item i is (picture uint8 [3, size, size], name), always the same for the same seed.
 
-    split is "train" or "held_out". A quarter of the training dishes has one ingredient, the others have two.
+    split is "train" or "held_out". One training dish in eight has one ingredient, the others have two.
     """
 
     def __init__(self, length: int = 20_000, size: int = 64, split: str = "train", seed: int = 0):
@@ -202,5 +202,5 @@ class Dishes(torch.utils.data.Dataset):
             raise IndexError(f"dish {index} of {self.length}")
         seed = self.seed * 1_000_003 + index
         chance = random.Random(seed)
-        name = chance.choice(self.of_one if chance.random() < 0.25 else self.of_two)
+        name = chance.choice(self.of_one if chance.random() < 0.125 else self.of_two)
         return torch.from_numpy(draw(name, self.size, seed)), name
