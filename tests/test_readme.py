@@ -1,0 +1,37 @@
+"""The program in the README runs as it stands, in both languages; only its length is cut."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def program(readme):
+    """The first Python block."""
+    return re.search(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.S)[1]
+
+
+def test_both_languages_have_the_same_program():
+    bare = [re.sub(r" *#.*", "", program(readme)) for readme in ("README.md", "README.zh-CN.md")]
+    assert bare[0] == bare[1]
+
+
+def test_the_readmes_program_runs():
+    text = program("README.md")
+    for long, short in (("20_000", "64"), ("minutes=10", "steps=2"), ("steps=25", "steps=2")):
+        assert long in text
+        text = text.replace(long, short)
+    scope = {}
+    exec(compile(text, "README.md", "exec"), scope)
+    assert scope["last"].x.shape == (1, 3, 64, 64) and torch.isfinite(scope["last"].x).all()
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_each_link_exists(readme):
+    links = re.findall(r"(?:\]\(|src=\")([^)\"#]+)", (ROOT / readme).read_text())
+    assert len(links) > 10
+    for link in links:
+        assert "://" in link or (ROOT / link).exists(), link
