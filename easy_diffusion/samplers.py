@@ -258,13 +258,13 @@ def dpm_solver(denoise, schedule, shape=None, steps=20, stochastic=False, spacin
         h, x0 = float(lambda_of(schedule, s) - lambda_of(schedule, t)), prediction.x0
         if before is not None:
             x0_before, h_before = before
-            x0 = x0 + (x0 - x0_before) * (h / (2 * h_before))
+            x0 = torch.lerp(x0_before, x0, 1 + h / (2 * h_before))          # beyond x0, in the direction it came
         before = prediction.x0, h
         signal, shrink = float(schedule.signal[s]), float(schedule.noise[s] / schedule.noise[t])
         if stochastic:
             fresh = -math.expm1(-2 * h)
             return shrink * math.exp(-h) * x_t + signal * fresh * x0 + float(schedule.noise[s]) * math.sqrt(fresh) * z
-        return shrink * x_t - signal * math.expm1(-h) * x0
+        return torch.add(shrink * x_t, x0, alpha=-signal * math.expm1(-h))
 
     return _walk(step, denoise, schedule, shape, spaced_timesteps(len(schedule), steps, spacing), generator, device,
                  dtype, x_T, noisy=stochastic)
