@@ -84,9 +84,9 @@ def by_quartile(before, losses: torch.Tensor, t: torch.Tensor, steps: int) -> tu
     """`before`, the smoothed loss of each quarter of the schedule, moved a fiftieth towards the losses [B] at t [B]: int64 of
     `steps` timesteps, or float in [0, 1]."""
     shares = (t / steps if not t.is_floating_point() else t).tolist()
-    after = []
+    values, after = losses.tolist(), []
     for quarter, value in enumerate(before):
-        new = [loss for loss, share in zip(losses.tolist(), shares) if min(int(4 * share), 3) == quarter]
+        new = [loss for loss, share in zip(values, shares) if min(int(4 * share), 3) == quarter]
         mean = statistics.fmean(new) if new else value
         after.append(mean if math.isnan(value) else value + (mean - value) / 50)
     return tuple(after)
