@@ -38,55 +38,90 @@ def zeroed(layer: nn.Module) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions, the time added between them, and a way around: [B, C_in, H, W] → [B, C_out, H, W]."""
+    """Two 3×3 convolutions, the time added between them, and a way around: [B, C_in, H, W] → [B, C_out, H, W]. Where there is no
+    time, as in an autoencoder, time_dim is None."""
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, dropout: float = 0.0, groups: int = 32):
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int | None, dropout: float = 0.0, groups: int = 32,
+                 eps: float = 1e-5):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.time = nn.Linear(time_dim, out_channels) if time_dim is not None else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x, time):
+    def forward(self, x, time=None):
         h = self.conv1(F.silu(self.norm1(x)))                               # [B, C_out, H, W]
-        h = h + self.time(F.silu(time))[:, :, None, None]                   # [B, C_out, H, W]
+        if self.time is not None:
+            h = h + self.time(F.silu(time))[:, :, None, None]               # [B, C_out, H, W]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))                 # [B, C_out, H, W]
         return self.shortcut(x) + h
+
+
+class Remembered:
+    """A context [B or 1, L, D] that stays the same over the steps of sampling: each attention that meets it computes its keys and
+    values once; and anew when its weights have changed since, and whenever gradients are wanted."""
+
+    def __init__(self, context: torch.Tensor):
+        self.context, self.known = context, {}
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def keys_and_values(self, attention, dtype):
+        if torch.is_grad_enabled():
+            return attention.keys_and_values(self.context)
+        version = (attention.to_k.weight._version, attention.to_v.weight._version, dtype)
+        if self.known.get(attention, (None,))[0] != version:
+            self.known[attention] = version, attention.keys_and_values(self.context)
+        return self.known[attention][1]
+
+
+def attention_weights(q, k, mask=None):
+    """softmax(Q Kᵀ / sqrt(d)), how much each place looks at each word: q [B, heads, N, d], k [B, heads, L, d], mask bool [B, 1, 1, L]
+    → [B, heads, N, L]."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                # [B, heads, N, L]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1)
 
 
 class Attention(nn.Module):
     """Multi-head attention of x [B, N, C] to context [B, L, D], or to x itself if context_dim is None.
 
-    mask is bool [B, L], True = a word that may be looked at. On a CPU at training sizes softmax(QKᵀ)V, spelled out, is
-    faster than the fused kernel, whose backward pass is slow there; elsewhere the fused one saves time and memory.
+    mask is bool [B, L], True = a word that may be looked at. With few words softmax(QKᵀ)V, spelled out, is faster on a CPU than the fused
+    kernel, the more so in training, since that kernel's backward pass is slow there; with many, and on a GPU, the fused one is.
     """
 
-    def __init__(self, dim: int, context_dim: int | None = None, heads: int = 4):
+    def __init__(self, dim: int, context_dim: int | None = None, heads: int = 4, bias: bool = False):
         super().__init__()
         if dim % heads:
             raise ValueError(f"{dim} channels do not divide into {heads} heads")
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x, context=None, mask=None):
-        context = x if context is None else context                        # [B, L, D]
-        q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q = self._split(self.to_q(x))                                       # [B, heads, N, C/heads]
+        if isinstance(context, Remembered):
+            k, v = context.keys_and_values(self, q.dtype)                   # [B, heads, L, C/heads] each
+        else:
+            k, v = self.keys_and_values(x if context is None else context)
         if mask is not None:
-            mask = mask[:, None, None, :]                                   # [B, 1, 1, L], for all heads and places
-        if x.is_cuda or q.shape[-2] * k.shape[-2] > 2 ** 20:
+            mask = mask[:, None, None, :].expand(len(x), -1, -1, -1)        # [B, 1, 1, L], for all heads and places
+        k, v = k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1)
+        if x.is_cuda or k.shape[-2] > (512 if torch.is_grad_enabled() else 128):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)   # [B, heads, N, C/heads]
         else:
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)        # [B, heads, N, L]
-            if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))
-            out = scores.softmax(dim=-1).to(v.dtype) @ v                    # [B, heads, N, C/heads]
+            out = attention_weights(q, k, mask).to(v.dtype) @ v             # [B, heads, N, C/heads]
         return self.to_out(out.transpose(1, 2).flatten(2))                  # [B, N, C]
+
+    def keys_and_values(self, context):
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def _split(self, y):
         return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # [B, N, C] → [B, heads, N, C/heads]

@@ -46,7 +46,7 @@ from typing import NamedTuple
 
 import torch
 
-from .samplers import Prediction, normal_noise
+from .samplers import Denoiser, Prediction, normal_noise
 
 PREDICTS = ("noise", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
@@ -183,12 +183,7 @@ class GaussianDiffusion:
 
         context [B, L, D] and mask [B, L] stay the same over all steps; a context of one caption serves any B.
         """
-        def denoise(x_t, t):
-            b = len(x_t)
-            several = [c.expand(b, *c.shape[1:]) if c is not None and len(c) == 1 else c for c in (context, mask)]
-            return self.prediction(network(x_t, t, *several), x_t, t)
-
-        return denoise
+        return Denoiser(network, self.prediction, context, mask)
 
 
 def of_timesteps(values: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

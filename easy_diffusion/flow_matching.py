@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .samplers import Prediction, Step, first_noise, normal_noise
+from .samplers import Denoiser, Prediction, Step, first_noise, normal_noise
 from .score_sde import expanded, log_likelihood
 
 
@@ -71,12 +71,7 @@ class RectifiedFlow:
 
     def denoiser(self, network, context=None, mask=None):
         """The function (x_t [B, C, H, W], t float [B]) -> Prediction; a context of one caption serves any B."""
-        def denoise(x_t, t):
-            b = len(x_t)
-            several = [c.expand(b, *c.shape[1:]) if c is not None and len(c) == 1 else c for c in (context, mask)]
-            return self.prediction(network(x_t, 1000 * t, *several), x_t, t)
-
-        return denoise
+        return Denoiser(network, self.prediction, context, mask, clock=1000)
 
 
 def logit_normal_time(batch: int, steps: int, generator: torch.Generator, mean: float = 0.0, deviation: float = 1.0) -> torch.Tensor:

@@ -106,6 +106,56 @@ def _rounded(rising, total) -> list[int]:
     return [min(t, room + i) for i, t in enumerate(timesteps)][::-1]
 
 
+class Denoiser:
+    """(x_t [B, C, H, W], t [B]) -> Prediction: a network, what its output means, and words that stay the same over all steps.
+
+    prediction: (output, x_t, t) -> Prediction. context [B, L, D] and mask bool [B, L]; those of one caption serve any B. The network is
+    told clock · t. A network with a method `remember(context, mask)`, as UNet has, prepares the words once for all steps.
+    """
+
+    def __init__(self, network, prediction, context=None, mask=None, clock: int = 1):
+        self.network, self.prediction, self.context, self.mask, self.clock = network, prediction, context, mask, clock
+        self.remembers = context is not None and hasattr(network, "remember")
+        self.words = network.remember(context, mask) if self.remembers else (context, mask)
+
+    def __call__(self, x_t, t):
+        words = [w.expand(len(x_t), *w.shape[1:]) if isinstance(w, torch.Tensor) and len(w) == 1 else w for w in self.words]
+        return self.prediction(self.network(x_t, self.clock * t, *words), x_t, t)
+
+
+def together(one, other):
+    """(x_t, t) -> the Predictions of two denoisers. One that differs from the other by its words alone is asked in the same call, which
+    computes once what comes before the first look at the words."""
+    same = isinstance(one, Denoiser) and isinstance(other, Denoiser) and one.remembers and other.remembers and (
+        (one.network, one.prediction, one.clock) == (other.network, other.prediction, other.clock))
+    if not same:
+        return lambda x_t, t: (one(x_t, t), other(x_t, t))
+    words = {}
+
+    def ask_both(x_t, t):
+        b = len(x_t)
+        if b not in words:
+            words[b] = one.network.remember(*stacked(one.context, one.mask, other.context, other.mask, b))
+        output = one.network(x_t, one.clock * t, *words[b])                 # [2 B, C, H, W]
+        both = one.prediction(output, torch.cat([x_t, x_t]), torch.cat([t, t]))
+        return [Prediction(*(y if y is None else y[half] for y in both)) for half in (slice(b), slice(b, None))]
+
+    return ask_both
+
+
+def stacked(context1, mask1, context2, mask2, batch: int):
+    """Two contexts, each [batch or 1, L_i, D], as one [2 batch, max L_i, D], and the mask that belongs to it."""
+    longest, rows = max(context1.shape[1], context2.shape[1]), []
+    for context, mask in ((context1, mask1), (context2, mask2)):
+        if mask is None:
+            mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+        missing = longest - context.shape[1]
+        rows.append((torch.nn.functional.pad(context, (0, 0, 0, missing)).expand(batch, -1, -1),
+                     torch.nn.functional.pad(mask, (0, missing)).expand(batch, -1)))
+    context, mask = (torch.cat(parts) for parts in zip(*rows))
+    return context, None if mask.all() else mask
+
+
 def guided(denoise, denoise_nothing, scale: float, interval: tuple[float, float] | None = None, rescale: float = 0.0, schedule=None):
     """Classifier-free guidance: ε = ε_nothing + scale (ε_text - ε_nothing); scale = 1 is no guidance.
 
@@ -118,11 +168,12 @@ def guided(denoise, denoise_nothing, scale: float, interval: tuple[float, float]
     if rescale and schedule is None:
         raise ValueError(f"rescale={rescale} needs the schedule, to bring the noise in line with the picture")
 
+    ask_both = together(denoise, denoise_nothing)
+
     def denoise_guided(x_t, t):
-        text = denoise(x_t, t)
         if scale == 1 or (interval is not None and (t.min() < interval[0] or t.max() > interval[1])):
-            return text
-        nothing = denoise_nothing(x_t, t)
+            return denoise(x_t, t)
+        text, nothing = ask_both(x_t, t)
         x0, noise = (torch.lerp(a, b, scale) for a, b in ((nothing.x0, text.x0), (nothing.noise, text.noise)))
         if rescale:
             dims = tuple(range(1, x0.ndim))

@@ -1,0 +1,233 @@
+"""Stable Diffusion's weights, in and out: the same tensors go by three names.
+
+    ours                    diffusers                              the original file
+    down.0.0.conv1.weight   down_blocks.0.resnets.0.conv1.weight   model.diffusion_model.input_blocks.1.0.in_layers.2.weight
+
+Published weights come as a folder of diffusers (safetensors) or as one file of the original (`.ckpt`, which is a pickle, or
+`.safetensors`), in which the UNet's names begin with `model.diffusion_model.`, the autoencoder's with `first_stage_model.` and the text
+encoder's with `cond_stage_model.transformer.`. `load` takes any of these, `save` writes a folder that diffusers loads, or a single file.
+The tables below are the whole difference; no tensor is changed but for the autoencoder's attention, which older files keep as 1×1
+convolutions. Of a pickle nothing but tensors is ever built. The file needs torch and safetensors and, beside it, checkpoint.py;
+its example also unet.py, blocks.py and autoencoder.py.
+
+>>> import tempfile
+>>> from .unet import UNet
+>>> network, folder = UNet(channels=(32, 64), context_dim=16), tempfile.mkdtemp()
+>>> save(network, folder)
+>>> load(UNet(channels=(32, 64), context_dim=16), folder)
+"""
+
+import collections
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from . import checkpoint
+
+PARTS = {"UNet": ("unet", "model.diffusion_model."), "Autoencoder": ("vae", "first_stage_model."),
+         "text encoder": ("text_encoder", "cond_stage_model.transformer.")}
+
+# ---------------------------------------------------------------- names inside a block: ours, diffusers', the original's
+RESIDUAL = [("norm1", "norm1", "in_layers.0"), ("conv1", "conv1", "in_layers.2"), ("time", "time_emb_proj", "emb_layers.1"),
+            ("norm2", "norm2", "out_layers.0"), ("conv2", "conv2", "out_layers.3"), ("shortcut", "conv_shortcut", "skip_connection")]
+TRANSFORMER = [("norm", "norm", "norm"), ("proj_in", "proj_in", "proj_in"), ("proj_out", "proj_out", "proj_out")] + [
+    (f"block.{ours}", *2 * (f"transformer_blocks.0.{theirs}",)) for ours, theirs in [
+        ("norm1", "norm1"), ("norm2", "norm2"), ("norm3", "norm3"),
+        ("feed_forward.into", "ff.net.0.proj"), ("feed_forward.out", "ff.net.2")] + [
+        (f"{ours}.{part}", f"{theirs}.{part}{'.0' if part == 'to_out' else ''}")
+        for ours, theirs in (("self_attention", "attn1"), ("cross_attention", "attn2")) for part in ("to_q", "to_k", "to_v", "to_out")]]
+RESIDUAL_OF_AUTOENCODER = [(name, name, name) for name in ("norm1", "conv1", "norm2", "conv2")] + [
+    ("shortcut", "conv_shortcut", "nin_shortcut")]
+ATTENTION_OF_AUTOENCODER = [("norm", "group_norm", "norm"), ("attention.to_q", "to_q", "q"), ("attention.to_k", "to_k", "k"),
+                            ("attention.to_v", "to_v", "v"), ("attention.to_out", "to_out.0", "proj_out")]
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # diffusers' of before 2023
+
+
+def unet_names(network) -> list[tuple[str, str, str]]:
+    """(ours, diffusers', the original's) of each module of a UNet that holds tensors."""
+    a_level, names = network.blocks + 1, [
+        ("conv_in", "conv_in", "input_blocks.0.0"), ("time.0", "time_embedding.linear_1", "time_embed.0"),
+        ("time.2", "time_embedding.linear_2", "time_embed.2"), ("norm_out", "conv_norm_out", "out.0"), ("conv_out", "conv_out", "out.2")]
+
+    def add(ours, theirs, original, table):
+        names.extend((f"{ours}.{a}", f"{theirs}.{b}", f"{original}.{c}") for a, b, c in table)
+
+    for n, parts in enumerate(network.down):
+        level, j = divmod(n, a_level)
+        if j == network.blocks:
+            add(f"down.{n}.0", f"down_blocks.{level}.downsamplers.0", f"input_blocks.{n + 1}.0", [("conv", "conv", "op")])
+            continue
+        add(f"down.{n}.0", f"down_blocks.{level}.resnets.{j}", f"input_blocks.{n + 1}.0", RESIDUAL)
+        if len(parts) > 1:
+            add(f"down.{n}.1", f"down_blocks.{level}.attentions.{j}", f"input_blocks.{n + 1}.1", TRANSFORMER)
+    for m, (theirs, table) in enumerate((("resnets.0", RESIDUAL), ("attentions.0", TRANSFORMER), ("resnets.1", RESIDUAL))):
+        add(f"middle.{m}", f"mid_block.{theirs}", f"middle_block.{m}", table)
+    for n, parts in enumerate(network.up):
+        level, j = divmod(n, a_level)
+        add(f"up.{n}.0", f"up_blocks.{level}.resnets.{j}", f"output_blocks.{n}.0", RESIDUAL)
+        for m, part in list(enumerate(parts))[1:]:
+            if type(part).__name__ == "Upsample":
+                add(f"up.{n}.{m}", f"up_blocks.{level}.upsamplers.0", f"output_blocks.{n}.{m}", [("conv", "conv", "conv")])
+            else:
+                add(f"up.{n}.{m}", f"up_blocks.{level}.attentions.{j}", f"output_blocks.{n}.{m}", TRANSFORMER)
+    return names
+
+
+def autoencoder_names(autoencoder) -> list[tuple[str, str, str]]:
+    """(ours, diffusers', the original's) of each module of an Autoencoder that holds tensors."""
+    names = [(name, name, name) for name in ("quant_conv", "post_quant_conv")]
+    for half in ("encoder", "decoder"):
+        names += [(f"{half}.{a}", f"{half}.{b}", f"{half}.{c}") for a, b, c in (
+            ("conv_in", "conv_in", "conv_in"), ("norm_out", "conv_norm_out", "norm_out"), ("conv_out", "conv_out", "conv_out"))]
+        for m, (theirs, original, table) in enumerate((
+                ("resnets.0", "block_1", RESIDUAL_OF_AUTOENCODER), ("attentions.0", "attn_1", ATTENTION_OF_AUTOENCODER),
+                ("resnets.1", "block_2", RESIDUAL_OF_AUTOENCODER))):
+            names += [(f"{half}.middle.{m}.{a}", f"{half}.mid_block.{theirs}.{b}", f"{half}.mid.{original}.{c}") for a, b, c in table]
+        way, sampler, word = ("down", "downsamplers", "downsample") if half == "encoder" else ("up", "upsamplers", "upsample")
+        levels = getattr(getattr(autoencoder, half), way)
+        for level, parts in enumerate(levels):
+            numbered = level if half == "encoder" else len(levels) - 1 - level      # the original counts from the finest in both halves
+            for j, part in enumerate(parts):
+                ours, theirs, original = f"{half}.{way}.{level}.{j}", f"{half}.{way}_blocks.{level}", f"{half}.{way}.{numbered}"
+                if type(part).__name__ == "ResidualBlock":
+                    names += [(f"{ours}.{a}", f"{theirs}.resnets.{j}.{b}", f"{original}.block.{j}.{c}")
+                              for a, b, c in RESIDUAL_OF_AUTOENCODER]
+                else:
+                    names.append((f"{ours}.conv", f"{theirs}.{sampler}.0.conv", f"{original}.{word}.conv"))
+    return names
+
+
+def tensor_names(module) -> dict[str, tuple[str, str]]:
+    """Our name of each tensor → (diffusers', the original's without its prefix)."""
+    modules = unet_names(module) if type(module).__name__ == "UNet" else autoencoder_names(module)
+    table = {ours: theirs for ours, *theirs in modules}
+    names = {}
+    for name in module.state_dict():
+        place, _, kind = name.rpartition(".")
+        if place not in table:
+            raise ValueError(f"{name}: Stable Diffusion's layout has no such part (patch = 1 and pooled = False, please)")
+        names[name] = tuple(f"{theirs}.{kind}" for theirs in table[place])
+    return names
+
+
+# ---------------------------------------------------------------- files
+
+def load(module, path) -> None:
+    """Fill a UNet or an Autoencoder from a diffusers folder (of this part, or of the whole pipeline), or from a file of diffusers or of the
+    original. Raises FileNotFoundError, or ValueError: a damaged file, or tensors that are missing, unknown or misshapen, all named."""
+    state, own, ours = read(path, type(module).__name__), module.state_dict(), {}
+    for name, theirs in tensor_names(module).items():
+        found = next((other for other in theirs if other in state), None)
+        if found is not None:
+            tensor = state.pop(found)
+            if tensor.ndim == 4 and own[name].ndim == 2 and tensor.shape[2:] == (1, 1):     # attention as 1×1 convolutions
+                tensor = tensor[:, :, 0, 0]
+            ours[name] = tensor.to(own[name].dtype)
+    checkpoint.load_into(module, ours | state)
+
+
+def read(path, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of one part, "UNet", "Autoencoder" or "text encoder", by the file's own names without the prefix of the part."""
+    folder, prefix = PARTS[part]
+    state = _tensors(_file_of(Path(path), folder))
+    whole = any(name.startswith(other) for name in state for _, other in PARTS.values())
+    if whole:
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if not state:
+            raise ValueError(f"{path} holds no {part}: no tensor's name begins with {prefix}")
+    if part == "Autoencoder":
+        state = {".".join(OLD_ATTENTION.get(word, word) for word in name.split(".")): tensor for name, tensor in state.items()}
+    return state
+
+
+def _file_of(path, folder):
+    """The file that holds a part: the path itself, or a folder's."""
+    if path.is_file():
+        return path
+    stems = ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16")
+    candidates = [place / f"{stem}.safetensors" for place in (path, path / folder) for stem in stems]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"{path} is neither a file nor a folder with {candidates[0].name} in it or in its {folder}/")
+
+
+def _tensors(path):
+    """All tensors of a .safetensors file, or of a pickled checkpoint from which nothing but tensors is built."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is damaged or no checkpoint: torch writes zip files since 2020, and this is none")
+        tree = torch.load(path, map_location="cpu", pickle_module=_TensorsOnly, weights_only=False)
+    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+    return {name: tensor for name, tensor in tree.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+
+
+class _TensorsOnly:
+    """In the place of the module `pickle`: builds tensors and dictionaries, and an empty shell for whatever else a file names, so that
+    no code of the file's choice is ever called."""
+
+    ALLOWED = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("collections", "OrderedDict")}
+
+    class Shell:
+        def __init__(self, *_, **__):
+            pass
+
+        def __setstate__(self, _):
+            pass
+
+        def __call__(self, *_, **__):
+            return self
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) in _TensorsOnly.ALLOWED:
+                return collections.OrderedDict if name == "OrderedDict" else getattr(torch._utils, name)
+            return _TensorsOnly.Shell
+
+
+def save(module, path) -> None:
+    """A folder that diffusers' `from_pretrained` loads; or, if path ends in .safetensors, one file with the original's names."""
+    path, names = Path(path), tensor_names(module)
+    single, folder = path.suffix == ".safetensors", PARTS[type(module).__name__]
+    state = {(folder[1] + names[name][1]) if single else names[name][0]: tensor.detach().cpu().contiguous()
+             for name, tensor in module.state_dict().items()}
+    if not single:
+        _write(path / "config.json", lambda beside: beside.write_text(json.dumps(config(module), indent=1)))
+    _write(path if single else path / "diffusion_pytorch_model.safetensors", lambda beside: save_file(state, beside, {"format": "pt"}))
+
+
+def _write(path, write):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.part")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def config(module) -> dict:
+    """What diffusers wants to know to build the same network."""
+    if type(module).__name__ == "Autoencoder":
+        levels, channels = len(module.encoder.down), [level[0].conv1.out_channels for level in module.encoder.down]
+        return {"_class_name": "AutoencoderKL", "in_channels": module.encoder.conv_in.in_channels,
+                "out_channels": module.decoder.conv_out.out_channels, "latent_channels": module.post_quant_conv.in_channels,
+                "block_out_channels": channels, "layers_per_block": len(module.encoder.down[-1]), "scaling_factor": module.scale,
+                "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    kinds = ["CrossAttn" if attends else "" for attends in module.attention]
+    return {"_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": module.conv_in.in_channels,
+            "out_channels": module.conv_out.out_channels, "block_out_channels": list(module.channels), "layers_per_block": module.blocks,
+            "cross_attention_dim": module.context_dim,
+            "attention_head_dim": module.heads,             # by a historical mistake diffusers calls the number of heads so
+            "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+            "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)]}
