@@ -76,12 +76,13 @@ class Autoencoder(nn.Module):
         """q(z | picture) of pictures [B, C, H, W]; its numbers are not scaled."""
         if pictures.shape[-2] % self.factor or pictures.shape[-1] % self.factor:
             raise ValueError(f"height and width are multiples of {self.factor} for this autoencoder, not {tuple(pictures.shape[-2:])}")
+        pictures = pictures.to(self.quant_conv.weight.dtype)
         mean, log_variance = self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30, 20))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents [B, Z, h, w], not scaled → pictures [B, C, f·h, f·w]."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
 
 class Encoder(nn.Module):

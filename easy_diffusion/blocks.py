@@ -61,22 +61,27 @@ class ResidualBlock(nn.Module):
 
 
 class Remembered:
-    """A context [B or 1, L, D] that stays the same over the steps of sampling: each attention that meets it computes its keys and
-    values once; and anew when its weights have changed since, and whenever gradients are wanted."""
+    """States [B or 1, L, D] that stay the same over the steps of sampling: each attention that meets them computes its keys and values
+    once; and anew when torch has counted a change of its weights since, and whenever gradients are wanted."""
 
-    def __init__(self, context: torch.Tensor):
-        self.context, self.known = context, {}
+    def __init__(self, states: torch.Tensor):
+        self.states, self.known = states, {}
 
     def __len__(self) -> int:
-        return len(self.context)
+        return len(self.states)
 
+    @torch.compiler.disable
     def keys_and_values(self, attention, dtype):
         if torch.is_grad_enabled():
-            return attention.keys_and_values(self.context)
-        version = (attention.to_k.weight._version, attention.to_v.weight._version, dtype)
+            return attention.keys_and_values(self.states)
+        weights = (attention.to_k.weight, attention.to_v.weight)
+        version = dtype, *((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
         if self.known.get(attention, (None,))[0] != version:
-            self.known[attention] = version, attention.keys_and_values(self.context)
+            self.known[attention] = version, attention.keys_and_values(self.states)
         return self.known[attention][1]
+
+
+SCORES_AT_ONCE = 2 ** 23     # 16 MB in bf16: blocks above 32 MB come anew from the system, page by page, at a tenth of a training step
 
 
 def attention_weights(q, k, mask=None):
@@ -114,10 +119,12 @@ class Attention(nn.Module):
         if mask is not None:
             mask = mask[:, None, None, :].expand(len(x), -1, -1, -1)        # [B, 1, 1, L], for all heads and places
         k, v = k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1)
-        if x.is_cuda or k.shape[-2] > (512 if torch.is_grad_enabled() else 128):
+        if x.device.type != "cpu" or k.shape[-2] > 512:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)   # [B, heads, N, C/heads]
         else:
-            out = attention_weights(q, k, mask).to(v.dtype) @ v             # [B, heads, N, C/heads]
+            few = max(1, SCORES_AT_ONCE // (self.heads * q.shape[-2] * k.shape[-2]))
+            parts = zip(*(y.split(few) if y is not None else [None] * len(x) for y in (q, k, v, mask)))
+            out = torch.cat([attention_weights(q, k, m).to(v.dtype) @ v for q, k, v, m in parts])
         return self.to_out(out.transpose(1, 2).flatten(2))                  # [B, N, C]
 
     def keys_and_values(self, context):

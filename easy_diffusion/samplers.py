@@ -119,6 +119,7 @@ class Denoiser:
         self.words = network.remember(context, mask) if self.remembers else (context, mask)
 
     def __call__(self, x_t, t):
+        captions_for(self.context, len(x_t))
         words = [w.expand(len(x_t), *w.shape[1:]) if isinstance(w, torch.Tensor) and len(w) == 1 else w for w in self.words]
         return self.prediction(self.network(x_t, self.clock * t, *words), x_t, t)
 
@@ -143,10 +144,17 @@ def together(one, other):
     return ask_both
 
 
+def captions_for(context, pictures: int) -> None:
+    """Raises ValueError unless there is one caption, or one for each picture."""
+    if context is not None and len(context) not in (1, pictures):
+        raise ValueError(f"{len(context)} captions for {pictures} pictures: there may be one for all, or one for each")
+
+
 def stacked(context1, mask1, context2, mask2, batch: int):
     """Two contexts, each [batch or 1, L_i, D], as one [2 batch, max L_i, D], and the mask that belongs to it."""
     longest, rows = max(context1.shape[1], context2.shape[1]), []
     for context, mask in ((context1, mask1), (context2, mask2)):
+        captions_for(context, batch)
         if mask is None:
             mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         missing = longest - context.shape[1]

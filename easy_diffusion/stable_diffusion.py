@@ -7,7 +7,7 @@ Published weights come as a folder of diffusers (safetensors) or as one file of 
 `.safetensors`), in which the UNet's names begin with `model.diffusion_model.`, the autoencoder's with `first_stage_model.` and the text
 encoder's with `cond_stage_model.transformer.`. `load` takes any of these, `save` writes a folder that diffusers loads, or a single file.
 The tables below are the whole difference; no tensor is changed but for the autoencoder's attention, which older files keep as 1×1
-convolutions. Of a pickle nothing but tensors is ever built. The file needs torch and safetensors and, beside it, checkpoint.py;
+convolutions. A pickle is read without calling anything that it names. The file needs torch and safetensors and, beside it, checkpoint.py;
 its example also unet.py, blocks.py and autoencoder.py.
 
 >>> import tempfile
@@ -17,21 +17,22 @@ its example also unet.py, blocks.py and autoencoder.py.
 >>> load(UNet(channels=(32, 64), context_dim=16), folder)
 """
 
-import collections
+import io
 import json
 import os
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from . import checkpoint
 
 PARTS = {"UNet": ("unet", "model.diffusion_model."), "Autoencoder": ("vae", "first_stage_model."),
-         "text encoder": ("text_encoder", "cond_stage_model.transformer.")}
+         "text encoder": ("text_encoder", "cond_stage_model.transformer.text_model.")}
 
 # ---------------------------------------------------------------- names inside a block: ours, diffusers', the original's
 RESIDUAL = [("norm1", "norm1", "in_layers.0"), ("conv1", "conv1", "in_layers.2"), ("time", "time_emb_proj", "emb_layers.1"),
@@ -103,15 +104,23 @@ def autoencoder_names(autoencoder) -> list[tuple[str, str, str]]:
     return names
 
 
+def kind_of(module) -> str:
+    """"UNet" or "Autoencoder", by what a module is made of. Raises ValueError for another."""
+    for kind, part in (("UNet", "middle"), ("Autoencoder", "post_quant_conv")):
+        if hasattr(module, part):
+            return kind
+    raise ValueError(f"Stable Diffusion's weights go into a UNet or an Autoencoder of ours, not into a {type(module).__name__}")
+
+
 def tensor_names(module) -> dict[str, tuple[str, str]]:
-    """Our name of each tensor → (diffusers', the original's without its prefix)."""
-    modules = unet_names(module) if type(module).__name__ == "UNet" else autoencoder_names(module)
-    table = {ours: theirs for ours, *theirs in modules}
+    """Our name of each tensor → (diffusers', the original's without its prefix). ValueError for a UNet that cannot be told in those."""
+    if kind_of(module) == "UNet" and (module.patch != 1 or module.pool is not None or module.context_dim is None):
+        raise ValueError("Stable Diffusion's layout has patch = 1, pooled = False and a context_dim; this UNet has "
+                         f"patch = {module.patch}, pooled = {module.pool is not None} and context_dim = {module.context_dim}")
+    table = {ours: theirs for ours, *theirs in (unet_names if kind_of(module) == "UNet" else autoencoder_names)(module)}
     names = {}
     for name in module.state_dict():
         place, _, kind = name.rpartition(".")
-        if place not in table:
-            raise ValueError(f"{name}: Stable Diffusion's layout has no such part (patch = 1 and pooled = False, please)")
         names[name] = tuple(f"{theirs}.{kind}" for theirs in table[place])
     return names
 
@@ -120,87 +129,129 @@ def tensor_names(module) -> dict[str, tuple[str, str]]:
 
 def load(module, path) -> None:
     """Fill a UNet or an Autoencoder from a diffusers folder (of this part, or of the whole pipeline), or from a file of diffusers or of the
-    original. Raises FileNotFoundError, or ValueError: a damaged file, or tensors that are missing, unknown or misshapen, all named."""
-    state, own, ours = read(path, type(module).__name__), module.state_dict(), {}
+    original. Raises FileNotFoundError, or ValueError: a damaged file, or tensors that are missing, unknown or misshapen, all named.
+
+    Of a file with both the last weights and their average (`model_ema.`) the last ones are taken."""
+    module = getattr(module, "_orig_mod", module)                           # what torch.compile has wrapped
+    state, own, ours = read(path, kind_of(module)), module.state_dict(), {}
     for name, theirs in tensor_names(module).items():
         found = next((other for other in theirs if other in state), None)
         if found is not None:
             tensor = state.pop(found)
             if tensor.ndim == 4 and own[name].ndim == 2 and tensor.shape[2:] == (1, 1):     # attention as 1×1 convolutions
                 tensor = tensor[:, :, 0, 0]
-            ours[name] = tensor.to(own[name].dtype)
+            ours[name] = tensor
     checkpoint.load_into(module, ours | state)
 
 
 def read(path, part: str) -> dict[str, torch.Tensor]:
     """The tensors of one part, "UNet", "Autoencoder" or "text encoder", by the file's own names without the prefix of the part."""
     folder, prefix = PARTS[part]
-    state = _tensors(_file_of(Path(path), folder))
-    whole = any(name.startswith(other) for name in state for _, other in PARTS.values())
-    if whole:
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        if not state:
-            raise ValueError(f"{path} holds no {part}: no tensor's name begins with {prefix}")
+    file = _file_of(Path(path), folder)
+    try:
+        readers = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+        if any(name.startswith(other) for name in readers for _, other in PARTS.values()):          # several parts in one file
+            readers = {name.removeprefix(prefix): reader for name, reader in readers.items() if name.startswith(prefix)}
+            if not readers:
+                raise LookupError(f"{file} holds no {part}: no tensor's name begins with {prefix}")
+        # What the training of an autoencoder leaves beside it, and a buffer of old text encoders that is counted anew.
+        readers = {name: reader for name, reader in readers.items() if not name.startswith(("loss.", "model_ema.")) and
+                   not name.endswith(".position_ids")}
+        state = {name: reader() for name, reader in readers.items()}
+    except LookupError as error:
+        raise ValueError(error.args[0]) from error
+    except (SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError,
+            RuntimeError) as error:
+        raise ValueError(f"{file} is damaged or no checkpoint: {error}") from error
     if part == "Autoencoder":
         state = {".".join(OLD_ATTENTION.get(word, word) for word in name.split(".")): tensor for name, tensor in state.items()}
     return state
 
 
 def _file_of(path, folder):
-    """The file that holds a part: the path itself, or a folder's."""
+    """The file that holds a part: the path itself, or a folder's, safetensors before pickles."""
     if path.is_file():
         return path
-    stems = ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16")
-    candidates = [place / f"{stem}.safetensors" for place in (path, path / folder) for stem in stems]
-    for candidate in candidates:
+    stem = "model" if folder == "text_encoder" else "diffusion_pytorch_model"
+    old = "pytorch_model" if folder == "text_encoder" else stem
+    names = [f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{old}.bin", f"{old}.fp16.bin"]
+    for candidate in (place / name for name in names for place in (path, path / folder)):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"{path} is neither a file nor a folder with {candidates[0].name} in it or in its {folder}/")
+    raise FileNotFoundError(f"{path} is neither a file nor a folder with one of {', '.join(names)} in it or in its {folder}/")
 
 
-def _tensors(path):
-    """All tensors of a .safetensors file, or of a pickled checkpoint from which nothing but tensors is built."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is damaged or no checkpoint: torch writes zip files since 2020, and this is none")
-        tree = torch.load(path, map_location="cpu", pickle_module=_TensorsOnly, weights_only=False)
-    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
-    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
-    return {name: tensor for name, tensor in tree.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+def _safetensors(path):
+    """name → a function that reads the tensor."""
+    file = safe_open(path, framework="pt")
+    return {name: partial(file.get_tensor, name) for name in file.keys()}
 
 
-class _TensorsOnly:
-    """In the place of the module `pickle`: builds tensors and dictionaries, and an empty shell for whatever else a file names, so that
-    no code of the file's choice is ever called."""
+def _pickled(path):
+    """name → a function that reads the tensor, of a file that torch.save wrote: a zip with a pickle in it, and each tensor's bytes."""
+    archive = zipfile.ZipFile(path)
+    pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+    if pickled is None:
+        raise ValueError("it is a zip file, but torch did not write it")
+    tree = _TensorsOnly(archive, pickled.removesuffix("data.pkl")).load()
+    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else None
+    if not isinstance(tree, dict):
+        raise ValueError("there are no tensors with names in it")
+    return {name: reader for name, reader in tree.items() if isinstance(name, str) and isinstance(reader, partial)}
 
-    ALLOWED = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("collections", "OrderedDict")}
+
+class _TensorsOnly(pickle.Unpickler):
+    """Reads a pickle without calling anything that it names: a tensor becomes a function that reads it, a dictionary itself, and all
+    else an empty shell."""
+
+    DTYPES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
+              "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ByteStorage": torch.uint8,
+              "BoolStorage": torch.bool}
 
     class Shell:
         def __init__(self, *_, **__):
             pass
 
-        def __setstate__(self, _):
+        def nothing(self, *_, **__):
             pass
 
-        def __call__(self, *_, **__):
-            return self
+        __setstate__ = __setitem__ = __call__ = append = extend = add = nothing
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if (module, name) in _TensorsOnly.ALLOWED:
-                return collections.OrderedDict if name == "OrderedDict" else getattr(torch._utils, name)
-            return _TensorsOnly.Shell
+    def __init__(self, archive, folder):
+        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module, name):
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return partial(partial, self.tensor)                            # called with a tensor's description, it only keeps it
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        return name if module == "torch" and name in self.DTYPES else self.Shell
+
+    def persistent_load(self, description):
+        _, kind, key, *_ = description
+        return kind, key
+
+    def tensor(self, storage, offset, size, stride, *_):
+        kind, key = storage
+        content = self.archive.read(f"{self.folder}data/{key}")             # checks the bytes' checksum, too
+        if not content:
+            return torch.empty(size, dtype=self.DTYPES[kind])
+        return torch.frombuffer(bytearray(content), dtype=self.DTYPES[kind]).as_strided(size, stride, offset)
 
 
 def save(module, path) -> None:
     """A folder that diffusers' `from_pretrained` loads; or, if path ends in .safetensors, one file with the original's names."""
-    path, names = Path(path), tensor_names(module)
-    single, folder = path.suffix == ".safetensors", PARTS[type(module).__name__]
-    state = {(folder[1] + names[name][1]) if single else names[name][0]: tensor.detach().cpu().contiguous()
-             for name, tensor in module.state_dict().items()}
+    module = getattr(module, "_orig_mod", module)
+    path, names, prefix = Path(path), tensor_names(module), PARTS[kind_of(module)][1]
+    single, state = path.suffix == ".safetensors", {}
+    for name, tensor in module.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        if single and ".attn_1." in names[name][1] and tensor.ndim == 2:    # the original has its attention as 1×1 convolutions
+            tensor = tensor[:, :, None, None]
+        state[prefix + names[name][1] if single else names[name][0]] = tensor
     if not single:
         _write(path / "config.json", lambda beside: beside.write_text(json.dumps(config(module), indent=1)))
     _write(path if single else path / "diffusion_pytorch_model.safetensors", lambda beside: save_file(state, beside, {"format": "pt"}))
@@ -218,7 +269,7 @@ def _write(path, write):
 
 def config(module) -> dict:
     """What diffusers wants to know to build the same network."""
-    if type(module).__name__ == "Autoencoder":
+    if kind_of(module) == "Autoencoder":
         levels, channels = len(module.encoder.down), [level[0].conv1.out_channels for level in module.encoder.down]
         return {"_class_name": "AutoencoderKL", "in_channels": module.encoder.conv_in.in_channels,
                 "out_channels": module.decoder.conv_out.out_channels, "latent_channels": module.post_quant_conv.in_channels,

@@ -19,7 +19,7 @@ torch.Size([2, 3, 32, 32])
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as computed_again
 
 from .blocks import Downsample, Remembered, ResidualBlock, SpatialTransformer, Upsample, timestep_embedding, zeroed
 
@@ -28,8 +28,9 @@ class UNet(nn.Module):
     """(x_t [B, in_channels, H, W], t [B], context [B, L, D], mask bool [B, L]) → [B, out_channels, H, W].
 
     Words are the states of a text encoder; a class is a single word, [B, 1, D], a row of an nn.Embedding.
-    channels: one number a level, each a multiple of 32 (group normalisation). blocks: residual blocks a level on the way
-    down; one more on the way up. attention: for each level, whether its blocks attend (default: all do).
+    channels: one number a level, each a multiple of 32, since normalisation has 32 groups; and rather 64 or more: a group of one channel
+    loses its mean, and with it the time that was added. blocks: residual blocks a level on the way down; one more on the way up.
+    attention: for each level, whether its blocks attend (default: all do); the middle always does.
     context_dim: D; None for a network without words. pooled: the mean of the words also joins the time, a short way for what
     holds everywhere in the picture. checkpointing: blocks keep their input alone for the gradient and are computed again, a third more
     work for a fraction of the memory (Chen et al. 2016). Height and width are multiples of patch · 2^(levels - 1), else ValueError.
@@ -45,6 +46,8 @@ class UNet(nn.Module):
         attention = tuple(attention) if attention is not None else (True,) * len(channels)
         if len(attention) != len(channels):
             raise ValueError(f"attention has one entry a level: {len(channels)}, not {len(attention)}")
+        if pooled and context_dim is None:
+            raise ValueError("pooled=True needs words: give a context_dim")
         self.channels, self.blocks, self.attention, self.heads = tuple(channels), blocks, attention, heads
         self.context_dim, self.patch, self.checkpointing = context_dim, patch, checkpointing
         time_dim = 4 * channels[0]
@@ -84,7 +87,7 @@ class UNet(nn.Module):
     @classmethod
     def easy_diffusion_2023(cls, learned_variance: bool = False, **more) -> "UNet":
         """The network of this project's first version, of 93 M weights (371 MB): pictures 3×128×128, context [B, 52, 768] of cn_clip,
-        attention where the picture is 32, 16 and 8 wide."""
+        attention where the picture is 32, 16 and 8 wide, and in the middle."""
         return cls(3, 3 * (1 + learned_variance), (128, 128, 128, 256, 256, 512, 512), context_dim=768, blocks=1,
                    attention=(False, False, True, True, True, False, False), **more)
 
@@ -100,7 +103,7 @@ class UNet(nn.Module):
         if mask is not None:
             some = mask.any(dim=0)
             context, mask = context[:, some], mask[:, some]
-        return Remembered(context), mask
+        return Remembered(context.to(self.conv_in.weight.dtype)), mask
 
     def forward(self, x, t, context=None, mask=None):
         if context is None and self.context_dim is not None:
@@ -110,9 +113,11 @@ class UNet(nn.Module):
         multiple = self.patch * 2 ** sum(isinstance(part[0], Downsample) for part in self.down)
         if x.shape[-2] % multiple or x.shape[-1] % multiple:
             raise ValueError(f"height and width are multiples of {multiple} for this network, not {tuple(x.shape[-2:])}")
-        time = self.time(timestep_embedding(t, self.channels[0]).to(self.conv_in.weight.dtype))   # [B, 4 C]
+        dtype = self.conv_in.weight.dtype                                   # a network in half precision takes pictures in any
+        x, context = x.to(dtype), context.to(dtype) if isinstance(context, torch.Tensor) else context
+        time = self.time(timestep_embedding(t, self.channels[0]).to(dtype))                     # [B, 4 C]
         if self.pool is not None:
-            states = context.context if isinstance(context, Remembered) else context
+            states = context.states if isinstance(context, Remembered) else context
             words = self.pool(masked_mean(states, mask))                    # [k B, 4 C] for k captions a picture, or [1, 4 C]
             time = repeated(time, len(words)) + words
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))                  # [B, C, H/p, W/p]
@@ -130,11 +135,11 @@ class UNet(nn.Module):
     def run(self, parts, h, time, context, mask):
         """One block; with checkpointing nothing inside is kept for the gradient, it is computed again when it is needed."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, parts, h, time, context, mask, use_reentrant=False)
-        return run(parts, h, time, context, mask)
+            return computed_again(through, parts, h, time, context, mask, use_reentrant=False)
+        return through(parts, h, time, context, mask)
 
 
-def run(parts, h, time, context, mask):
+def through(parts, h, time, context, mask):
     """One block of the UNet: each part with the arguments that it takes."""
     for part in parts:
         if isinstance(part, ResidualBlock):

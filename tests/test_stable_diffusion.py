@@ -1,3 +1,4 @@
+import collections
 import json
 import pickle
 
@@ -5,6 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from easy_diffusion.autoencoder import Autoencoder
 from easy_diffusion.diffusion import GaussianDiffusion
@@ -93,27 +96,39 @@ def test_the_originals_file_there_and_back(kind, suffix, tmp_path):
     prefix = "first_stage_model." if kind == "autoencoder" else "model.diffusion_model."
     part = "Autoencoder" if kind == "autoencoder" else "UNet"
     state = {prefix + name: tensor for name, tensor in read(path, part).items()}
-    if kind == "autoencoder":           # as the original has them: attention of 1×1 convolutions
-        state = {name: tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor for name, tensor in state.items()}
+    assert all(tensor.ndim == 4 for name, tensor in state.items() if ".attn_1." in name and name.endswith((".q.weight", "proj_out.weight")))
     peer = theirs(kind)
     converted = (convert_ldm_vae_checkpoint if kind == "autoencoder" else convert_ldm_unet_checkpoint)(dict(state), dict(peer.config))
     peer.load_state_dict(converted, strict=True)
     assert_the_same(module, peer, kind)
     if suffix == "ckpt":
         path = tmp_path / "model.ckpt"
-        extra = {"model_ema.decay": torch.tensor(0.9), "cond_stage_model.transformer.text_model.x": torch.ones(2), "betas": torch.ones(3)}
-        torch.save({"state_dict": state | extra, "global_step": 7, "callbacks": {Foreign: Foreign()}}, path)
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                            bos_token_id=0, eos_token_id=1))
+        inside = {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in text.state_dict().items()}
+        extra = {"model_ema.decay": torch.tensor(0.9), "betas": torch.ones(3), "empty": torch.empty(0),
+                 "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+        others = {"global_step": 7, "callbacks": {Foreign: Foreign(), "list": ForeignList([Foreign()]), "dict": ForeignDict(a=Foreign())}}
+        torch.save({"state_dict": collections.OrderedDict(state | inside | extra)} | others, path)
     again = ours(kind)
     for parameter in again.parameters():
         torch.nn.init.zeros_(parameter)
     load(again, path)
     assert_the_same(again, module, kind)
     if suffix == "ckpt":
-        assert list(read(path, "text encoder")) == ["text_model.x"]
+        text.load_state_dict(read(path, "text encoder"), strict=True)
 
 
 class Foreign:
     """Some object that a training framework pickled beside the tensors."""
+
+
+class ForeignList(list):
+    pass
+
+
+class ForeignDict(dict):
+    pass
 
 
 class Evil:
@@ -126,9 +141,67 @@ def test_nothing_but_tensors_is_built_from_a_pickle(tmp_path):
     state = {f"model.diffusion_model.{names[1]}": network.state_dict()[name] for name, names in tensor_names(network).items()}
     torch.save({"state_dict": state, "evil": Evil(), "list": [Evil(), {1: Evil()}]}, tmp_path / "model.ckpt")
     load(ours("unet"), tmp_path / "model.ckpt")
-    (tmp_path / "bare.ckpt").write_bytes(pickle.dumps({"state_dict": Evil()}))
-    with pytest.raises(ValueError, match="bare.ckpt is damaged"):
-        load(ours("unet"), tmp_path / "bare.ckpt")
+    for name, content in (("bare", pickle.dumps({"state_dict": Evil()})), ("legacy", b"")):
+        (tmp_path / f"{name}.ckpt").write_bytes(content)
+    torch.save({"state_dict": Evil()}, tmp_path / "shell.ckpt")
+    torch.save({"state_dict": state}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "program.ckpt")
+    for name in ("bare", "legacy", "shell", "old", "program"):
+        with pytest.raises(ValueError, match=name):
+            load(ours("unet"), tmp_path / f"{name}.ckpt")
+
+
+def test_tensors_of_all_kinds_are_read_as_torch_reads_them(tmp_path):
+    tensors = {str(dtype): (torch.randn(4, 6) * 9).to(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64,
+                                                                         torch.int64, torch.int32, torch.uint8, torch.bool)}
+    whole = torch.randn(5, 7)
+    tensors |= {"turned": whole.t(), "part": whole[1:3, ::2], "shared": whole, "one": torch.tensor(3.0),
+                "parameter": torch.nn.Parameter(whole)}
+    torch.save(tensors, tmp_path / "model.ckpt")
+    found = read(tmp_path / "model.ckpt", "UNet")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor.detach()), name
+
+
+def test_a_flipped_byte_is_noticed(tmp_path):
+    torch.save({"conv_in.weight": torch.zeros(1000)}, tmp_path / "model.ckpt")
+    content = bytearray((tmp_path / "model.ckpt").read_bytes())
+    content[content.index(bytes(2000)) + 1000] = 1
+    (tmp_path / "model.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        read(tmp_path / "model.ckpt", "UNet")
+
+
+@pytest.mark.parametrize("ending", ["fp16.safetensors", "bin", "fp16.bin"])
+def test_half_precision_and_pickled_folders_are_read(ending, tmp_path):
+    name = f"diffusion_pytorch_model.{ending}"
+    network = ours("unet").half().float()
+    state = {names[0]: network.state_dict()[ours].half() for ours, names in tensor_names(network).items()}
+    (tmp_path / "unet").mkdir()
+    (save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / "unet" / name)
+    again = UNet(4, 4, (32, 64, 64, 64), context_dim=24, attention=(True, True, True, False), heads=4).load_stable_diffusion(tmp_path)
+    assert all(p.dtype == torch.float32 and torch.equal(p, q) for p, q in zip(again.parameters(), network.parameters()))
+
+
+def test_an_autoencoder_of_its_own_training_is_read(tmp_path):
+    module = ours("autoencoder")
+    state = {names[1]: module.state_dict()[name] for name, names in tensor_names(module).items()}
+    torch.save({"state_dict": state | {"loss.logvar": torch.ones(1), "model_ema.decay": torch.ones(1)}}, tmp_path / "vae.ckpt")
+    again = Autoencoder(channels=(32, 64, 64)).load_stable_diffusion(tmp_path / "vae.ckpt")
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), module.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_takes_pictures_of_any(kind):
+    module = ours(kind).bfloat16()
+    if kind == "autoencoder":
+        z = module.encode(torch.randn(1, 3, 16, 16)).mean
+        assert z.dtype == module.decode(z.float()).dtype == torch.bfloat16
+    else:
+        x, t, words = torch.randn(1, module.conv_in.in_channels, 16, 16), torch.tensor([5]), torch.randn(1, 3, 24)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x, t, words), module(x, t, *module.remember(words)))
 
 
 def test_older_folders_of_diffusers_name_the_attention_otherwise(tmp_path):
@@ -138,7 +211,6 @@ def test_older_folders_of_diffusers_name_the_attention_otherwise(tmp_path):
         for new, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
         old[name] = tensor.contiguous()
-    from safetensors.torch import save_file
     save_file(old, tmp_path / "diffusion_pytorch_model.safetensors")
     assert_the_same(module.load_stable_diffusion(tmp_path), peer, "autoencoder")
 
@@ -146,7 +218,6 @@ def test_older_folders_of_diffusers_name_the_attention_otherwise(tmp_path):
 def test_all_that_does_not_fit_is_named_at_once(tmp_path):
     network = ours("unet")
     save(network, tmp_path)
-    from safetensors.torch import load_file, save_file
     state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     del state["conv_in.bias"], state["mid_block.attentions.0.norm.weight"]
     state["conv_out.bias"], state["stranger.weight"] = torch.zeros(9), torch.zeros(2, 2)
@@ -169,8 +240,11 @@ def test_wrong_places_and_damaged_files_are_named(tmp_path):
     save(ours("autoencoder"), tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match="holds no UNet"):
         load(ours("unet"), tmp_path / "vae.safetensors")
-    with pytest.raises(ValueError, match="patch = 1"):
-        save(UNet(channels=(32, 64), context_dim=16, pooled=True), tmp_path)
+    for options, says in ((dict(context_dim=16, pooled=True), "pooled = True"), (dict(context_dim=16, patch=2), "patch = 2"), ({}, "None")):
+        with pytest.raises(ValueError, match=f"this UNet has .*{says}"):
+            save(UNet(channels=(32, 64), **options), tmp_path)
+    with pytest.raises(ValueError, match="not into a Linear"):
+        load(torch.nn.Linear(1, 1), tmp_path)
 
 
 def test_the_published_sizes():

@@ -5,6 +5,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch.autograd.graph import saved_tensors_hooks
 
+from easy_diffusion import blocks
 from easy_diffusion.blocks import Attention, ResidualBlock, SpatialTransformer, timestep_embedding
 from easy_diffusion.diffusion import GaussianDiffusion
 from easy_diffusion.samplers import Denoiser, Prediction, guided, stacked, together
@@ -40,14 +41,12 @@ def test_attention_equals_torch(context_dim):
     torch.testing.assert_close(attention(x, context, mask), attention.to_out(expected.transpose(1, 2).flatten(2)), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("places, gradients", [(600, True), (200, False)])
-def test_large_pictures_take_the_fused_attention_with_the_same_result(places, gradients, monkeypatch):
+def test_large_pictures_take_the_fused_attention_with_the_same_result(monkeypatch):
     torch.manual_seed(0)
-    attention, x = Attention(16, heads=2), torch.randn(1, places, 16)
+    attention, x = Attention(16, heads=2), torch.randn(1, 600, 16)
     fused, calls = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
-    with torch.set_grad_enabled(gradients):
-        large = attention(x)
+    large = attention(x)
     q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (attention.to_q, attention.to_k, attention.to_v))
     plain = ((q @ k.transpose(-1, -2) / 8 ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
     assert calls
@@ -69,6 +68,16 @@ def test_the_picture_keeps_its_size_and_every_weight_learns(options, shape):
     out.square().sum().backward()
     silent = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert silent == []
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_few_pictures_at_a_time_give_the_same_attention(masked, monkeypatch):
+    torch.manual_seed(0)
+    attention, x, words = Attention(16, 8, heads=2), torch.randn(5, 12, 16), torch.randn(5, 6, 8)
+    mask = torch.arange(6) < torch.tensor([[6], [1], [3], [2], [5]]) if masked else None
+    at_once = attention(x, words, mask)
+    monkeypatch.setattr(blocks, "SCORES_AT_ONCE", 2 * 12 * 6 * 2)           # two pictures at a time
+    torch.testing.assert_close(attention(x, words, mask), at_once, rtol=0, atol=1e-6)
 
 
 def test_a_network_without_words_needs_none():
@@ -109,7 +118,7 @@ def test_remembered_words_give_the_same_answer(options, captions):
     x, words = torch.randn(3, 3, 16, 16), torch.randn(captions, 9, 16)
     mask = torch.arange(9) < torch.randint(2, 7, (captions, 1))
     remembered = network.remember(words, mask)
-    assert len(remembered[0].context[0]) == mask.any(0).sum() < 9                               # places without any word are left out
+    assert len(remembered[0].states[0]) == mask.any(0).sum() < 9                               # places without any word are left out
     with torch.no_grad():
         expected = network(x, t, words.expand(3, -1, -1), mask.expand(3, -1))
         for _ in range(2):
@@ -233,7 +242,21 @@ def test_the_first_versions_network_has_its_size():
         assert plain(*pictures).shape == (2, 3, 128, 128) and learned(*pictures).shape == (2, 6, 128, 128)
 
 
+def test_compiled_networks_remember_words_and_notice_changed_weights():
+    network = shaken(UNet(channels=(32,), context_dim=16))
+    compiled = torch.compile(network, backend="eager")
+    x, t, words = torch.randn(1, 3, 8, 8), torch.tensor([5]), torch.randn(1, 4, 16)
+    remembered = compiled.remember(words)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, t, *remembered), network(x, t, words), rtol=0, atol=1e-5)
+            network.middle[1].block.cross_attention.to_v.weight.mul_(2)
+
+
 @pytest.mark.parametrize("call, says", [
+    (lambda: UNet(pooled=True), "context_dim"),
+    (lambda: Denoiser(None, None, torch.zeros(2, 1, 4))(torch.zeros(3, 3, 8, 8), torch.tensor([1])), "2 captions for 3"),
+    (lambda: stacked(torch.zeros(2, 1, 4), None, torch.zeros(1, 1, 4), None, 4), "2 captions for 4"),
     (lambda: UNet(channels=(32,), context_dim=4)(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.zeros(3, 1, 4)), "3 captions"),
     (lambda: UNet(channels=(32,), context_dim=4)(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2])), "needs a context"),
     (lambda: UNet(channels=(48,)), "multiples of 32"),
