@@ -1,5 +1,5 @@
 # make demo        the dish's picture and GIF into out/      (make demo NAME=土豆炒青椒 MOVE=right)
-# make test        all tests, offline
+# make test        all tests, offline, in two processes of one thread each
 # make notebooks   executes the notebooks and keeps their pictures
 # make bench       prints the benchmarks and writes benchmarks/README.md
 NAME ?= 番茄炒鸡蛋
@@ -13,7 +13,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 notebooks: .venv/ready
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace ipynb/*.ipynb

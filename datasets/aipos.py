@@ -1,11 +1,13 @@
 """AiposFood: photographs of dishes, a folder for each dish name.
 
-    food/番茄炒鸡蛋/1.jpg
-    food/番茄炒鸡蛋/two.png
-    food/土豆牛肉汤/1.jpg
+    food/番茄炒鸡蛋/1.jpg                                 or, as HowToCook has it,     dishes/vegetable_dish/番茄炒鸡蛋/成品.jpg
+    food/番茄炒鸡蛋/two.png                                                            dishes/vegetable_dish/番茄炒鸡蛋/步骤1.jpg
+    food/土豆牛肉汤/1.jpg                                                              dishes/soup/...
 
-The folder's name is the caption; the photograph is turned upright (EXIF), cut to a square around its middle and scaled. A
-file that is no picture, or only half of one, is skipped with a warning that names it. The file needs Pillow, numpy and torch.
+The folder's name is the caption. Of a HowToCook dish, with its photographs of each step, only the finished dish is taken. A photograph is
+turned upright (EXIF), cut to a square and scaled. A file that is no picture, or only half of one, is skipped with a warning that names
+it. Which files are for training is told by a hash of their content, so that it stays the same when files come, go or change their names.
+The file needs Pillow, numpy and torch.
 
 >>> import tempfile, pathlib
 >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -16,6 +18,8 @@ file that is no picture, or only half of one, is skipped with a warning that nam
 ((3, 32, 32), '番茄汤')
 """
 
+import hashlib
+import re
 import warnings
 from pathlib import Path
 
@@ -23,23 +27,31 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)       # what Pillow raises for a file that is no picture
+LONGEST = 20                                                                        # sides of 20 : 1 are no photograph
+
 
 class AiposFood(torch.utils.data.Dataset):
     """Item i is (picture uint8 [3, size, size], dish name), in the order of the files' names.
 
-    Every file is opened once at the start; `skipped` counts those that cannot be read. Raises FileNotFoundError for a
-    folder that is not there or holds no picture that can be read.
+    split: "train", or "test" for the share `held_out` of the files, or None for all. crop: "centre", or "random" for another square at
+    each access; flip: half of the time mirrored. Both draw from torch's generator. Every file is opened once at the start; `skipped`
+    counts those that cannot be read. Raises FileNotFoundError for a folder that is not there or holds no picture that can be read.
     """
 
-    def __init__(self, folder, size: int = 64):
-        self.size, self.files, self.skipped = size, [], 0
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
-        for file in sorted(file for file in Path(folder).glob("*/*") if file.is_file()):
+    def __init__(self, folder, size: int = 64, split: str | None = None, held_out: float = 0.1, crop: str = "centre", flip: bool = False):
+        if split not in (None, "train", "test"):
+            raise ValueError(f'split is "train", "test" or None, not {split!r}')
+        if crop not in ("centre", "random"):
+            raise ValueError(f'crop is "centre" or "random", not {crop!r}')
+        self.size, self.crop, self.flip, self.files, self.names, self.skipped = size, crop, flip, [], [], 0
+        for file, name in dish_files(folder):
             try:
                 photograph(file, 32)
-                self.files.append(file)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                if split is None or (share_of_hash(file) < held_out) == (split == "test"):
+                    self.files.append(file)
+                    self.names.append(name)
+            except UNREADABLE as error:
                 self.skipped += 1
                 warnings.warn(f"skipped {file}: {error}", stacklevel=2)
         if not self.files:
@@ -49,19 +61,61 @@ class AiposFood(torch.utils.data.Dataset):
     @property
     def captions(self) -> list[str]:
         """The dish name of each item."""
-        return [file.parent.name for file in self.files]
+        return self.names
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index):
-        file = self.files[index]
-        return torch.from_numpy(photograph(file, self.size)).permute(2, 0, 1).contiguous(), file.parent.name
+        where = torch.rand(2).tolist() if self.crop == "random" else (0.5, 0.5)
+        picture = torch.from_numpy(photograph(self.files[index], self.size, where)).permute(2, 0, 1)
+        if self.flip and torch.rand(()) < 0.5:
+            picture = picture.flip(2)
+        return picture.contiguous(), self.names[index]
 
 
-def photograph(file, size: int) -> np.ndarray:
-    """A picture file upright, its middle square scaled to uint8 [size, size, 3]. Raises OSError for one that is damaged."""
+def dish_files(folder) -> list[tuple[Path, str]]:
+    """(file, dish name) of every picture, sorted; of a HowToCook dish the finished one alone. FileNotFoundError without a folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    if (folder / "dishes").is_dir():
+        folder = folder / "dishes"
+    plain = [(file, file.parent.name) for file in folder.glob("*/*") if file.is_file() and file.suffix != ".md"]
+    howtocook = [(finished_dish(dish), dish.name) for dish in folder.glob("*/*") if dish.is_dir()]
+    return sorted(plain + [(file, name) for file, name in howtocook if file is not None])
+
+
+def finished_dish(folder: Path) -> Path | None:
+    """The photograph of the finished dish, among those of its steps; None where there is none.
+
+    It is the one that is called 成品 (finished) or after the dish; else the one that the recipe shows as such, or first; else the only
+    one that has no number or step in its name; else the last."""
+    pictures = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif"))
+    recipe = "\n".join(file.read_text("utf-8", "replace") for file in sorted(folder.glob("*.md")))
+    shown = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", recipe)               # ![words](place)
+    shown = [Path(place).name for words, place in sorted(shown, key=lambda entry: "成品" not in entry[0])]
+    rules = [lambda file: "成品" in file.stem, lambda file: file.stem == folder.name, lambda file: file.name in shown[:1],
+             lambda file: not re.search(r"\d|步骤|step", file.stem)]
+    for rule in rules:
+        if found := [file for file in pictures if rule(file)]:
+            return found[0]
+    return pictures[-1] if pictures else None
+
+
+def share_of_hash(file) -> float:
+    """A number from 0 to 1 that depends on a file's content alone."""
+    return int.from_bytes(hashlib.blake2b(Path(file).read_bytes(), digest_size=8).digest(), "big") / 2 ** 64
+
+
+def photograph(file, size: int, where: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """A picture file upright, a square of it scaled to uint8 [size, size, 3]. where: the square's place from left to right and from top
+    to bottom, 0 … 1. Raises OSError for a file that is damaged, ValueError for a strip."""
     with Image.open(file) as image:
+        if max(image.size) > LONGEST * min(image.size):
+            raise ValueError(f"a strip of {image.size[0]}×{image.size[1]} pixels")
         image.draft("RGB", (size, size))                                    # a large JPEG is decoded at a fraction of its size
         upright = ImageOps.exif_transpose(image)
-        return np.array(ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+        if upright.mode.startswith("I;16"):                                 # 16 bits a pixel: the upper eight
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return np.array(ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.LANCZOS, centering=where))

@@ -1,12 +1,16 @@
 """Pictures and captions in one LMDB file: written once, read at random from any worker.
 
 A record is three things behind each other: the length of a header (4 bytes, little-endian), the header, JSON in UTF-8 such as
-{"caption": "番茄炒鸡蛋"}, and the picture as an encoded image file (PNG, JPEG ...). Nothing is ever unpickled, so a store from
-a stranger can do no harm. Record i has the key "000000042"; beside the records stands the key "about": {"layout":
-"easy-diffusion image-caption", "version": 1, "count": N}.
+{"caption": "番茄炒鸡蛋"} and whatever columns one adds, and the picture as an encoded image file (PNG, JPEG ...). Nothing is ever
+unpickled, so a store from a stranger can do no harm. Record i has the key "000000042"; beside the records stands the key "about":
+{"layout": "easy-diffusion image-caption", "version": 1, "count": N}.
+
+A large text encoder need read each caption but once: `write_states` keeps its states beside the pictures, and `StoredStates` gives
+them back, so that a network trains without the encoder in memory. Under "states" stands {"fingerprint": ..., "dim": D}, under
+"states " and 16 bytes of a caption's hash its states, float16 [L, D] without padding.
 
 LMDB maps the file into memory: a reader touches only the pages that it wants, and a transaction is there as a whole or not at
-all, whenever the process dies. The file needs lmdb, Pillow, numpy and torch.
+all, whenever the process dies. The file needs lmdb, Pillow, numpy, torch and tqdm.
 
 >>> import tempfile
 >>> folder = tempfile.mkdtemp()
@@ -17,6 +21,7 @@ all, whenever the process dies. The file needs lmdb, Pillow, numpy and torch.
 (2, (3, 8, 8), '土豆汤')
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -29,9 +34,10 @@ import lmdb
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 LAYOUT, VERSION = "easy-diffusion image-caption", 1
-ABOUT = b"about"
+ABOUT, STATES = b"about", b"states"
 _environments = {}
 
 
@@ -90,8 +96,9 @@ def count(folder) -> int:
 def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[int]:
     """Write (picture, caption) records behind those that are there; yields the number of records after each, once they are committed.
 
-    A picture is uint8 [3, H, W] (stored as PNG, without loss) or the bytes of an image file (stored as they are). Killed at
-    any moment, the store holds whole transactions: `count` tells from which record to go on. It grows as it must.
+    A third part of a record may be a dict of further columns that JSON can hold, for its header. A picture is uint8 [3, H, W] (stored as
+    PNG, without loss) or the bytes of an image file (stored as they are). Killed at any moment, the store holds whole transactions:
+    `count` tells from which record to go on. It grows as it must.
     """
     present = count(folder)
     _close(folder)
@@ -100,17 +107,9 @@ def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[in
     try:
         records = iter(records)
         while chunk := list(itertools.islice(records, per_transaction)):
-            packed = [pack(picture, caption) for picture, caption in chunk]
+            packed = [pack(*record) for record in chunk]
             about = json.dumps({"layout": LAYOUT, "version": VERSION, "count": present + len(packed)}).encode()
-            while True:
-                try:
-                    with environment.begin(write=True) as transaction:
-                        for i, record in enumerate(packed):
-                            transaction.put(_key(present + i), record)
-                        transaction.put(ABOUT, about)
-                    break
-                except lmdb.MapFullError:
-                    environment.set_mapsize(2 * environment.info()["map_size"])
+            _commit(environment, [*((_key(present + i), record) for i, record in enumerate(packed)), (ABOUT, about)])
             for _ in packed:
                 present += 1
                 yield present
@@ -118,7 +117,111 @@ def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[in
         environment.close()
 
 
-def pack(picture, caption: str) -> bytes:
+def store_files(folder, rows, settings: dict, bar: bool = True) -> tuple[int, dict[str, str]]:
+    """Write pictures from files into a store, with a progress bar, or go on with one that was begun.
+
+    rows: (name, caption, picture), where picture is a function that reads it, → uint8 [H, W, 3], or a str that says why there is none.
+    settings: what the pictures depend on; a store that was begun with others is refused (ValueError). Returns the number of records and,
+    for each name that was skipped, why.
+    """
+    done = {header.get("file"): header.get("settings") for header in headers(folder)} if count(folder) else {}
+    if any(found != settings for found in done.values()):
+        raise ValueError(f"{folder} was built with other settings, {next(found for found in done.values() if found != settings)}, not "
+                         f"{settings}: give it another name, or remove it")
+    skipped = {}
+
+    def records():
+        for name, caption, picture in tqdm(rows, disable=not bar, desc=f"into {folder}", unit="picture"):
+            if name in done:
+                continue
+            try:
+                if isinstance(picture, str):
+                    raise ValueError(picture)
+                pixels = torch.from_numpy(picture()).permute(2, 0, 1)
+                yield pixels, caption, {"file": name, "settings": settings}
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                skipped[name] = str(error)
+
+    for _ in append(folder, records()):
+        pass
+    return count(folder), skipped
+
+
+def headers(folder) -> Iterator[dict]:
+    """The header of each record, in order; pictures are not decoded."""
+    with _reading(folder).begin(buffers=True) as transaction:
+        for index in range(count(folder)):
+            record = transaction.get(_key(index))
+            if record is None:
+                raise KeyError(f"record {index} is missing in {folder}")
+            size, = struct.unpack_from("<I", record)
+            yield json.loads(bytes(record[4:4 + size]))
+
+
+def captions(folder) -> Iterator[str]:
+    """The caption of each record, in order."""
+    return (header["caption"] for header in headers(folder))
+
+
+@torch.no_grad()
+def write_states(folder, encoder, fingerprint: str, batch: int = 64) -> Iterator[tuple[int, int]]:
+    """Write the states of each distinct caption of a store, and of the empty one; yields (how many are written, how many there are).
+
+    encoder: captions → states [B, L, D], mask [B, L]. fingerprint: a str that is another for another encoder. What is there already is
+    not encoded again. Raises ValueError if it came from an encoder of another fingerprint.
+    """
+    wanted = ["", *dict.fromkeys(caption for caption in captions(folder) if caption)]
+    known = _about_states(folder)
+    if known is not None and known["fingerprint"] != fingerprint:
+        raise ValueError(f"{folder} holds states of the encoder {known['fingerprint']}, and this one is {fingerprint}: "
+                         "build the store anew, or take that encoder")
+    with _reading(folder).begin() as transaction:
+        missing = [caption for caption in wanted if transaction.get(_states_key(caption)) is None]
+    _close(folder)
+    environment = lmdb.open(str(folder), map_size=max(2 ** 26, 2 * (Path(folder) / "data.mdb").stat().st_size))
+    try:
+        for first in range(0, len(missing), batch):
+            some = missing[first:first + batch]
+            states, mask = encoder(some)                                    # [B, L, D], [B, L]
+            about = json.dumps({"fingerprint": fingerprint, "dim": states.shape[-1]}).encode()
+            rows = [(_states_key(caption), row[real].half().cpu().numpy().tobytes()) for caption, row, real in zip(some, states, mask)]
+            _commit(environment, [(STATES, about), *rows])
+            yield len(wanted) - len(missing) + first + len(some), len(wanted)
+    finally:
+        environment.close()
+
+
+class StoredStates(torch.nn.Module):
+    """The states that `write_states` kept, in an encoder's place: captions → states float32 [B, L, D] and mask bool [B, L].
+
+    fingerprint: if given, of the encoder that one wants. Raises ValueError for a store without states, or of another encoder, and
+    KeyError for a caption that it does not know.
+    """
+
+    def __init__(self, folder, fingerprint: str | None = None):
+        super().__init__()
+        self.folder, about = str(folder), _about_states(folder)
+        if about is None:
+            raise ValueError(f"{folder} holds no states of captions: `write_states` writes them")
+        if fingerprint is not None and about["fingerprint"] != fingerprint:
+            raise ValueError(f"{folder} holds states of the encoder {about['fingerprint']}, not of {fingerprint}")
+        self.dim, self.fingerprint = about["dim"], about["fingerprint"]
+        self.register_buffer("place", torch.empty(0), persistent=False)     # tells the device that this module was moved to
+
+    def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = []
+        with _reading(self.folder).begin() as transaction:
+            for caption in captions:
+                content = transaction.get(_states_key(caption))
+                if content is None:
+                    raise KeyError(f"{self.folder} holds no states of the caption {caption!r}")
+                rows.append(torch.frombuffer(bytearray(content), dtype=torch.float16).view(-1, self.dim))       # [L, D]
+        states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float()                                # [B, L, D]
+        mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]                # [B, L]
+        return states.to(self.place.device), mask.to(self.place.device)
+
+
+def pack(picture, caption: str, columns: dict | None = None) -> bytes:
     """One record: header length, header, encoded picture."""
     if not isinstance(picture, (bytes, bytearray)):
         picture = torch.as_tensor(picture)
@@ -129,7 +232,7 @@ def pack(picture, caption: str) -> bytes:
         picture = buffer.getvalue()
     if not isinstance(caption, str):
         raise TypeError(f"a caption is a str, not {caption!r}")
-    header = json.dumps({"caption": caption}, ensure_ascii=False).encode()
+    header = json.dumps({"caption": caption} | (columns or {}), ensure_ascii=False).encode()
     return struct.pack("<I", len(header)) + header + picture
 
 
@@ -142,8 +245,32 @@ def unpack(record) -> tuple[torch.Tensor, dict]:
     return torch.from_numpy(picture).permute(2, 0, 1).contiguous(), header
 
 
+def _commit(environment, pairs):
+    """Write all pairs of key and value in one transaction; the map grows as it must."""
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for key, value in pairs:
+                    transaction.put(key, value)
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
+
+
 def _key(index):
     return b"%09d" % index
+
+
+def _states_key(caption):
+    return STATES + b" " + hashlib.blake2b(caption.encode(), digest_size=16).digest()
+
+
+def _about_states(folder):
+    if not count(folder):
+        raise FileNotFoundError(f"no store in {folder}: `append` writes one")
+    with _reading(folder).begin() as transaction:
+        about = transaction.get(STATES)
+    return json.loads(about) if about is not None else None
 
 
 def _reading(folder):

@@ -9,10 +9,15 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from datasets.dishes import Dishes
-from datasets.lmdb_store import ImageCaptionStore, append, count
+from datasets.lmdb_store import ImageCaptionStore, StoredStates, append, captions, count, write_states
+from easy_diffusion.diffusion import GaussianDiffusion
+from easy_diffusion.schedule import NoiseSchedule
+from easy_diffusion.train import train
+from easy_diffusion.unet import UNet
 
 
 def write(folder, records, **options):
@@ -52,9 +57,9 @@ def test_workers_read_the_same(tmp_path, context):
     store = ImageCaptionStore(tmp_path / "s")
     assert store[0][1] == Dishes(24, 32)[0][1]                             # already open in the parent
     loader = torch.utils.data.DataLoader(store, 6, num_workers=2, multiprocessing_context=context)
-    pictures, captions = zip(*loader)
+    pictures, names = zip(*loader)
     assert torch.equal(torch.cat(pictures), torch.stack([p for p, _ in Dishes(24, 32)]))
-    assert sum(map(list, captions), []) == [n for _, n in Dishes(24, 32)]
+    assert sum(map(list, names), []) == [n for _, n in Dishes(24, 32)]
 
 
 def test_killed_while_writing_it_goes_on_with_no_record_lost_or_doubled(tmp_path):
@@ -115,3 +120,67 @@ def test_records_of_another_form_are_refused_and_nothing_is_written(tmp_path, re
     with pytest.raises((ValueError, TypeError), match=says):
         write(tmp_path / "s", [record])
     assert count(tmp_path / "s") == 0
+
+
+class Spelling(torch.nn.Module):
+    """An encoder for tests: a state for each character, and one at the start; it counts what it is asked."""
+
+    dim, asked = 4, 0
+
+    def forward(self, captions):
+        self.asked += len(captions)
+        lengths = torch.tensor([len(caption) + 1 for caption in captions])
+        states = torch.zeros(len(captions), lengths.max(), self.dim)
+        for row, caption in zip(states, captions):
+            row[:len(caption) + 1] = torch.tensor([[1.0] * 4, *([ord(c) / 3e4, 2.0, 3.0, 4.0] for c in caption)])
+        return states, torch.arange(lengths.max()) < lengths[:, None]
+
+
+def test_states_of_captions_come_back_to_half_precision(tmp_path):
+    dishes, encoder = Dishes(60, 32), Spelling()
+    write(tmp_path / "s", dishes)
+    names = list(captions(tmp_path / "s"))
+    assert names == [name for _, name in dishes]
+    *_, done = write_states(tmp_path / "s", encoder, "spelling", batch=7)
+    distinct = len(set(names)) + 1                                          # and the empty caption
+    assert done == (distinct, distinct) and encoder.asked == distinct
+    assert list(write_states(tmp_path / "s", encoder, "spelling")) == [] and encoder.asked == distinct
+    stored = StoredStates(tmp_path / "s", "spelling")
+    states, mask = stored([names[3], "", names[5]])
+    expected, expected_mask = encoder([names[3], "", names[5]])
+    assert torch.equal(mask, expected_mask) and stored.dim == 4 and torch.equal(states[mask], expected.half().float()[mask])
+    write(tmp_path / "s", [(torch.zeros(3, 32, 32, dtype=torch.uint8), "新菜")])            # a store that has grown
+    assert list(write_states(tmp_path / "s", encoder, "spelling")) == [(distinct + 1, distinct + 1)]
+    assert len(ImageCaptionStore(tmp_path / "s")) == 61 and stored(["新菜"])[1].sum() == 3
+
+
+def test_states_of_another_encoder_are_refused(tmp_path):
+    write(tmp_path / "s", Dishes(3, 32))
+    with pytest.raises(ValueError, match="no states of captions"):
+        StoredStates(tmp_path / "s")
+    for _ in write_states(tmp_path / "s", Spelling(), "old"):
+        pass
+    with pytest.raises(ValueError, match="encoder old, and this one is new"):
+        list(write_states(tmp_path / "s", Spelling(), "new"))
+    with pytest.raises(ValueError, match="encoder old, not of new"):
+        StoredStates(tmp_path / "s", "new")
+    with pytest.raises(KeyError, match="没有"):
+        StoredStates(tmp_path / "s")(["没有"])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        StoredStates(tmp_path / "nowhere")
+
+
+def test_a_network_learns_the_same_from_stored_states(tmp_path):
+    """Batches with the encoder and with its stored states are the same, and so is the training."""
+    write(tmp_path / "s", Dishes(8, 32))
+    for _ in write_states(tmp_path / "s", Spelling(), "spelling"):
+        pass
+    batches, weights = [torch.utils.data.default_collate([Dishes(8, 32)[i] for i in range(8)])], []
+    for encoder in (Spelling(), StoredStates(tmp_path / "s")):
+        torch.manual_seed(0)
+        network = UNet(channels=(32,), context_dim=4)
+        diffusion = GaussianDiffusion(NoiseSchedule.cosine(100))
+        for step in train(network, diffusion, batches, encoder, steps=4, learning_rate=1e-2, accelerator=Accelerator(mixed_precision="no")):
+            pass
+        weights.append(torch.cat([p.flatten() for p in network.parameters()]).detach().cpu())
+    torch.testing.assert_close(*weights, rtol=0, atol=2e-3)

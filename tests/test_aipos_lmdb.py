@@ -1,0 +1,259 @@
+"""From photographs and tables to stores: whatever is damaged is named and skipped, and the rest arrives."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from datasets import aipos_lmdb, pokemon_lmdb
+from datasets.aipos import AiposFood, finished_dish
+from datasets.lmdb_store import ImageCaptionStore, headers
+from datasets.pokemon_lmdb import PokemonLmdb
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def picture(seed, size=(48, 40), mode="RGB"):
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], bands), dtype=np.uint8)
+    return Image.fromarray(pixels.squeeze(), mode) if bands == 1 else Image.fromarray(pixels, mode=None if mode == "RGB" else mode)
+
+
+def encoded(image, form="JPEG", **options):
+    content = io.BytesIO()
+    image.save(content, form, **options)
+    return content.getvalue()
+
+
+def bomb():
+    """A PNG of 30,000 × 30,000 pixels in a few hundred bytes of header."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+
+
+def bad_pictures(count):
+    """name → the content of a file that is no picture, `count` of them, of ten kinds."""
+    whole, png = encoded(picture(0)), encoded(picture(0), "PNG")
+    kinds = [lambda i: ("half.jpg", whole[:len(whole) * (i % 60 + 20) // 100]),
+             lambda i: ("half.png", png[:len(png) * (i % 60 + 20) // 100]), lambda i: ("empty.jpg", b""),
+             lambda i: ("text.jpg", f"notes {i}".encode()), lambda i: ("noise.png", os.urandom(500 + i)),
+             lambda i: ("bomb.png", bomb()), lambda i: ("strip.png", encoded(picture(i, (20_000, 10)), "PNG")),
+             lambda i: ("pickle.jpg", pickle.dumps({"image": i})), lambda i: ("zeros.jpg", bytes(1000)),
+             lambda i: ("header.jpg", whole[:20])]
+    return {f"{i:03d}_{(made := kinds[i % len(kinds)](i))[0]}": made[1] for i in range(count)}
+
+
+def odd_pictures():
+    """name → the content of a file that is unusual, and a picture all the same."""
+    frames = [picture(i, (30, 30)) for i in range(3)]
+    return {"cmyk.jpg": encoded(picture(1).convert("CMYK")), "grey.png": encoded(picture(2, mode="L"), "PNG"),
+            "alpha.png": encoded(picture(3).convert("RGBA"), "PNG"), "palette.gif": encoded(picture(4).convert("P"), "GIF"),
+            "sixteen.png": encoded(Image.fromarray(np.full((20, 30), 40_000, np.uint16)), "PNG"),
+            "moving.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "one.png": encoded(picture(5, (1, 1)), "PNG"),
+            "a_png_called.jpg": encoded(picture(6), "PNG"), "picture.webp": encoded(picture(7), "WEBP"), "upper.JPG": encoded(picture(8))}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_300_damaged_files_each_is_skipped_by_name_and_the_good_ones_arrive(tmp_path):
+    folder, bad, odd = tmp_path / "food" / "番茄汤", bad_pictures(300), odd_pictures()
+    folder.mkdir(parents=True)
+    for name, content in (bad | odd).items():
+        (folder / name).write_bytes(content)
+    count, skipped = aipos_lmdb.build(tmp_path / "food", tmp_path / "store", size=16, bar=False)
+    assert {Path(file).name for file in skipped} == bad.keys() and all(skipped.values())
+    assert count == len(odd) == len(ImageCaptionStore(tmp_path / "store"))
+    stored = {Path(header["file"]).name: i for i, header in enumerate(headers(tmp_path / "store"))}
+    assert stored.keys() == odd.keys()
+    store = ImageCaptionStore(tmp_path / "store")
+    assert store[stored["sixteen.png"]][0].unique().tolist() == [156]       # the upper eight bits of 40,000
+    assert all(store[i][0].shape == (3, 16, 16) for i in range(count))
+
+
+def test_the_store_holds_what_the_folder_gives(tmp_path):
+    for dish in ("番茄汤", "土豆丝"):
+        (tmp_path / "food" / dish).mkdir(parents=True)
+        for i in range(3):
+            picture(i).save(tmp_path / "food" / dish / f"{i}.jpg")
+    count, skipped = aipos_lmdb.build(tmp_path / "food", tmp_path / "store", size=32, bar=False)
+    food, store = AiposFood(tmp_path / "food", 32), aipos_lmdb.AiposFoodLmdb(tmp_path / "store")
+    assert count == len(food) == 6 and not skipped
+    for (a, name), (b, same) in zip(food, store):
+        assert torch.equal(a, b) and name == same
+    mirrored = aipos_lmdb.AiposFoodLmdb(tmp_path / "store", flip=True)
+    torch.manual_seed(0)
+    seen = [mirrored[0][0] for _ in range(30)]
+    as_it_is, turned = (sum(torch.equal(picture, wanted) for picture in seen) for wanted in (food[0][0], food[0][0].flip(2)))
+    assert as_it_is + turned == 30 and min(as_it_is, turned) > 5
+    with pytest.raises(ValueError, match="other settings, {'size': 32}, not {'size': 64}"):
+        aipos_lmdb.build(tmp_path / "food", tmp_path / "store", size=64, bar=False)
+
+
+def test_killed_at_random_moments_it_is_the_store_that_is_built_in_one_go(tmp_path):
+    folder, random = tmp_path / "food" / "番茄汤", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i in range(400):
+        (folder / f"{i:04d}.jpg").write_bytes(encoded(picture(i)))
+    (folder / "0100.jpg").write_bytes(b"no picture")
+    aipos_lmdb.build(tmp_path / "food", tmp_path / "whole", size=32, bar=False)
+    command = [sys.executable, "-c", "import sys, datasets.lmdb_store as s; a = s.append\n"
+               "s.append = lambda folder, records: a(folder, records, per_transaction=8)\n"
+               "from datasets import aipos_lmdb; print('go', flush=True); aipos_lmdb.build(sys.argv[1], sys.argv[2], 32, bar=False)"]
+    kills = 0
+    for _ in range(8):
+        process = subprocess.Popen([*command, str(tmp_path / "food"), str(tmp_path / "store")], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(float(random.uniform(0.0, 0.25)))
+        kills += process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert kills > 2
+    count, skipped = aipos_lmdb.build(tmp_path / "food", tmp_path / "store", size=32, bar=False)
+    assert count == 399 and [Path(file).name for file in skipped] == ["0100.jpg"]
+    contents = []
+    for name in ("whole", "store"):
+        with lmdb.open(str(tmp_path / name), readonly=True, lock=False) as environment, environment.begin() as transaction:
+            contents.append(list(transaction.cursor()))
+    assert contents[0] == contents[1]
+
+
+def test_the_finished_dish_is_chosen_among_the_steps(tmp_path):
+    def dish(name, files, recipe=""):
+        folder = tmp_path / "dishes" / "热菜" / name
+        folder.mkdir(parents=True)
+        for i, file in enumerate(files):
+            picture(i).save(folder / file)
+        (folder / f"{name}.md").write_text(recipe, encoding="utf-8")
+        return finished_dish(folder).name
+    assert dish("番茄汤", ["1.jpg", "成品.jpg", "步骤2.jpg"]) == "成品.jpg"
+    assert dish("土豆丝", ["切丝1.jpg", "土豆丝.jpg", "a.jpg"]) == "土豆丝.jpg"
+    assert dish("红烧肉", ["1.jpg", "2.jpg", "3.jpg"], "![切肉](./1.jpg)\n![红烧肉成品](./2.jpg)") == "2.jpg"
+    assert dish("炒面", ["1.jpg", "2.jpg"], "![样子](2.jpg) ![和面](1.jpg)") == "2.jpg"
+    assert dish("米饭", ["1.jpg", "rice.jpg", "step.jpg"]) == "rice.jpg"
+    assert dish("馒头", ["1.jpg", "2.jpg"]) == "2.jpg"
+    food = AiposFood(tmp_path, 16)
+    assert sorted(food.captions) == sorted(["番茄汤", "土豆丝", "红烧肉", "炒面", "米饭", "馒头"]) and len(food) == 6
+
+
+def test_a_split_follows_the_files_content_not_their_order(tmp_path):
+    for i in range(60):
+        (tmp_path / "a" / str(i % 5)).mkdir(parents=True, exist_ok=True)
+        picture(i, (20, 20)).save(tmp_path / "a" / str(i % 5) / f"{i}.png")
+    train, test = (AiposFood(tmp_path / "a", 16, split=split, held_out=0.3) for split in ("train", "test"))
+    assert not set(train.files) & set(test.files) and len(train) + len(test) == 60 and 8 < len(test) < 30
+    held = {file.read_bytes() for file in test.files}
+    shutil.copytree(tmp_path / "a" / "3", tmp_path / "b" / "renamed")
+    assert {file.read_bytes() for file in AiposFood(tmp_path / "b", 16, split="test", held_out=0.3).files} == {
+        content for content in held if any(content == file.read_bytes() for file in (tmp_path / "a" / "3").iterdir())}
+    with pytest.raises(ValueError, match="'valid'"):
+        AiposFood(tmp_path / "a", split="valid")
+
+
+def test_a_random_crop_moves_and_stays_inside(tmp_path):
+    (tmp_path / "汤").mkdir()
+    pixels = np.zeros((30, 90, 3), np.uint8)
+    pixels[:, :, 0] = np.linspace(0, 255, 90).astype(np.uint8)             # brighter from left to right
+    Image.fromarray(pixels).save(tmp_path / "汤" / "1.png")
+    food = AiposFood(tmp_path, 30, crop="random")
+    torch.manual_seed(0)
+    means = [float(food[0][0][0].float().mean()) for _ in range(20)]
+    assert max(means) - min(means) > 60 and float(AiposFood(tmp_path, 30)[0][0][0].float().mean()) == pytest.approx(127.5, abs=2)
+
+
+def table(folder, form, rows):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"table.{form}"
+    if form == "csv":
+        lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
+        path.write_text("\n".join(lines), encoding="utf-8-sig")
+    elif form == "jsonl":
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_tables_of_pictures_and_captions(form, tmp_path):
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    rows = [{"file_name": f"{i}.png", "en_text": f"no {i}", "zh_text": f"第{i}只"} for i in range(3)]
+    rows += [{"file_name": "bad.png", "en_text": "x", "zh_text": "坏的"}, {"file_name": "1.png", "en_text": "y", "zh_text": "  "},
+             {"file_name": "nowhere.png", "en_text": "z", "zh_text": "没有"}]
+    if form == "parquet":
+        for row in rows:
+            file = tmp_path / row.pop("file_name")
+            row["image"] = {"bytes": file.read_bytes() if file.exists() else None, "path": None}
+        path = tmp_path / "table.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path = table(tmp_path, form, rows)
+    count, skipped = pokemon_lmdb.build(path, tmp_path / "store", size=24, caption="zh_text", bar=False)
+    assert count == 3 and len(skipped) == 3
+    reasons = " / ".join(skipped.values())
+    assert "cannot identify" in reasons and "no caption in column zh_text" in reasons
+    assert ("no picture" in reasons) if form == "parquet" else ("No such file" in reasons)
+    store = PokemonLmdb(tmp_path / "store")
+    assert [store[i][1] for i in range(3)] == ["第0只", "第1只", "第2只"] and store[0][0].shape == (3, 24, 24)
+    with pytest.raises(ValueError, match="has no column text; it has .*zh_text"):
+        pokemon_lmdb.build(path, tmp_path / "other", bar=False)
+
+
+def test_tables_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("file_name,text\n1.png,caf\xe9\n".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"file_name": "1.png", "text": "x"}\n{"file_na')
+    (tmp_path / "table.xlsx").write_bytes(b"PK")
+    for name, kind, says in (("latin.csv", ValueError, "latin.csv is not UTF-8"), ("broken.jsonl", ValueError, "line 2, is no JSON"),
+                             ("table.xlsx", ValueError, "not table.xlsx"), ("none.csv", FileNotFoundError, "no table")):
+        with pytest.raises(kind, match=says):
+            pokemon_lmdb.build(tmp_path / name, tmp_path / "store", bar=False)
+
+
+def test_transparent_pictures_stand_on_white(tmp_path):
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(tmp_path / "1.png")
+    path = table(tmp_path, "csv", [{"file_name": "1.png", "text": "空"}])
+    pokemon_lmdb.build(path, tmp_path / "store", size=8, bar=False)
+    assert (PokemonLmdb(tmp_path / "store")[0][0] == 255).all()
+
+
+@pytest.mark.parametrize("module, source", [("aipos_lmdb", "food"), ("pokemon_lmdb", "table.csv")])
+def test_one_command_builds_a_store_and_says_what_it_skipped(module, source, tmp_path):
+    arguments = source, "store", "--size", "16"
+    (tmp_path / "food" / "番茄汤").mkdir(parents=True)
+    picture(0).save(tmp_path / "food" / "番茄汤" / "1.jpg")
+    (tmp_path / "food" / "番茄汤" / "2.jpg").write_bytes(b"nothing")
+    table(tmp_path, "csv", [{"file_name": "food/番茄汤/1.jpg", "text": "番茄汤"}, {"file_name": "food/番茄汤/2.jpg", "text": "番茄汤"}])
+    root = Path(__file__).parents[1]
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", f"datasets.{module}", *words], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(root)})
+    done = run(*arguments)
+    assert done.returncode == 0 and "1 pictures in store, 1 " in done.stdout and "2.jpg: cannot identify" in done.stdout, done.stderr
+    assert run(*arguments).stdout.startswith("skipped") and len(ImageCaptionStore(tmp_path / "store")) == 1
+    assert "--size" in run("--help").stdout
+    wrong = run("nowhere", "store2")
+    assert wrong.returncode == 2 and "nowhere" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real pictures at {DATA}")
+def test_real_pictures_arrive(tmp_path):
+    count, skipped = aipos_lmdb.build(DATA / "howtocook", tmp_path / "food", size=64, bar=False)
+    assert count > 140 and not skipped
+    count, skipped = pokemon_lmdb.build(DATA / "creatures" / "metadata.csv", tmp_path / "creatures", size=64, caption="zh_text", bar=False)
+    assert count > 100 and not skipped and "老鼠" in [header["caption"] for header in headers(tmp_path / "creatures")]
