@@ -2,13 +2,15 @@
 
 Batches of 64 pictures of 64×64 from stores of a thousand, a hundred thousand and a million records, in random order, on one core and with
 two workers; beside them torchvision's ImageFolder on a folder of JPEGs, of 256×256 as photographs come and of 64×64 as they might have
-been prepared. The pictures are drawn dishes; large stores repeat them. Memory is that of a worker when it has read 20,000 pictures:
-what it has for itself alone (private), and all that it sees (resident), shared libraries and pages of the store included.
+been prepared. The pictures are drawn dishes; large stores repeat them. Memory is the most that a worker had:
+what it has written for itself alone (private), and all that it sees (resident), shared libraries and pages of the store included.
 """
 
 import argparse
+import io
 import itertools
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from torchvision.transforms import Compose, PILToTensor, Resize
 from tqdm.auto import tqdm
 
 from datasets.dishes import Dishes
-from datasets.lmdb_store import ImageCaptionStore, append, count
+from datasets.lmdb_store import ImageCaptionStore, append
 
 from .report import finish
 
@@ -37,7 +39,7 @@ class Watched(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         self.seen += 1
-        return self.dataset[index][0], memory() if self.seen % 1000 == 0 else (0.0, 0.0)
+        return self.dataset[index][0], memory() if self.seen % 100 == 0 else (0.0, 0.0)
 
 
 def memory() -> tuple[float, float]:
@@ -47,18 +49,22 @@ def memory() -> tuple[float, float]:
     except OSError:
         return 0.0, 0.0
     sizes = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines[1:]}
-    return sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Rss"]
+    return sizes["Private_Dirty"], sizes["Rss"]
 
 
 def fill(folder, records, side) -> None:
     """A store of so many records: drawn dishes, a thousand of them again and again."""
-    present = count(folder)
-    if present < records:
-        dishes = [Dishes(1000, side)[i] for i in range(1000)]
-        again = itertools.islice(itertools.cycle(dishes), present, records)
-        written = append(folder, again, per_transaction=4096)
-        for _ in tqdm(written, initial=present, total=records, desc=f"{records:,} records", unit="picture"):
-            pass
+    drawn = Dishes(1000, side)
+    dishes = [(png(picture), name) for picture, name in (drawn[i] for i in range(1000))]
+    written = append(folder, itertools.islice(itertools.cycle(dishes), records), per_transaction=4096)
+    for _ in tqdm(written, total=records, desc=f"{records:,} records", unit="picture"):
+        pass
+
+
+def png(picture) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(content, "PNG", compress_level=1)
+    return content.getvalue()
 
 
 def draw_folder(folder, pictures, side) -> None:
@@ -87,23 +93,23 @@ def measure(name, dataset, workers, pictures) -> dict:
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small stores and few pictures; the figures are not kept")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmark_data"), help="where stores and folders go; removed at the end")
     options = parser.parse_args()
+    out = Path(tempfile.mkdtemp(prefix="benchmark_data_", dir="."))         # removed at the end
     sizes, pictures, files = ((200, 400), 256, 100) if options.quick else ((1000, 100_000, 1_000_000), 20_480, 1000)
     rows = []
     try:
         for side in (256, SIDE):
-            draw_folder(options.out / f"jpeg_{side}", files, side)
+            draw_folder(out / f"jpeg_{side}", files, side)
             form = Compose(([Resize(SIDE)] if side != SIDE else []) + [PILToTensor()])
             for workers in (0, 2):
-                folder = ImageFolder(options.out / f"jpeg_{side}", form)
+                folder = ImageFolder(out / f"jpeg_{side}", form)
                 rows.append(measure(f"ImageFolder, {side}×{side} JPEG", folder, workers, pictures // 4))
         for records in sizes:
-            fill(options.out / f"store_{records}", records, SIDE)
+            fill(out / f"store_{records}", records, SIDE)
             for workers in (0, 2):
-                rows.append(measure("store", ImageCaptionStore(options.out / f"store_{records}"), workers, pictures))
+                rows.append(measure("store", ImageCaptionStore(out / f"store_{records}"), workers, pictures))
     finally:
-        shutil.rmtree(options.out, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
     speed = {(row["source"], row["records"], row["workers"]): row["pictures/s"] for row in rows}
     finish("data", {
         "speedup_over_folder": speed["store", sizes[0], 0] / speed["ImageFolder, 256×256 JPEG", files, 0],

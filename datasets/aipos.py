@@ -20,15 +20,18 @@ The file needs Pillow, numpy and torch.
 
 import hashlib
 import re
+import struct
 import warnings
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)       # what Pillow raises for a file that is no picture
-LONGEST = 20                                                                        # sides of 20 : 1 are no photograph
+# What Pillow and its like raise for a file that is no picture.
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, EOFError, Image.DecompressionBombError)
+LONGEST = 20                                                                # sides of 20 : 1 are no photograph
 
 
 class AiposFood(torch.utils.data.Dataset):
@@ -54,6 +57,8 @@ class AiposFood(torch.utils.data.Dataset):
             except UNREADABLE as error:
                 self.skipped += 1
                 warnings.warn(f"skipped {file}: {error}", stacklevel=2)
+        if not self.files and split is not None and dish_files(folder):
+            raise FileNotFoundError(f"of the pictures in {folder} none is in split {split!r} with held_out={held_out}")
         if not self.files:
             raise FileNotFoundError(f"no picture in {folder}: it should hold a folder for each dish name, with pictures inside"
                                     f" ({self.skipped} files could not be read)")
@@ -82,7 +87,7 @@ def dish_files(folder) -> list[tuple[Path, str]]:
     if (folder / "dishes").is_dir():
         folder = folder / "dishes"
     plain = [(file, file.parent.name) for file in folder.glob("*/*") if file.is_file() and file.suffix != ".md"]
-    howtocook = [(finished_dish(dish), dish.name) for dish in folder.glob("*/*") if dish.is_dir()]
+    howtocook = [(finished_dish(dish), dish.name) for dish in folder.glob("*/*") if dish.is_dir() and any(dish.glob("*.md"))]
     return sorted(plain + [(file, name) for file, name in howtocook if file is not None])
 
 
@@ -91,10 +96,11 @@ def finished_dish(folder: Path) -> Path | None:
 
     It is the one that is called 成品 (finished) or after the dish; else the one that the recipe shows as such, or first; else the only
     one that has no number or step in its name; else the last."""
-    pictures = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif"))
+    pictures = [file for file in folder.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif")]
+    pictures.sort(key=lambda file: [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", file.name)])
     recipe = "\n".join(file.read_text("utf-8", "replace") for file in sorted(folder.glob("*.md")))
     shown = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", recipe)               # ![words](place)
-    shown = [Path(place).name for words, place in sorted(shown, key=lambda entry: "成品" not in entry[0])]
+    shown = [Path(unquote(place.split()[0])).name for words, place in sorted(shown, key=lambda entry: "成品" not in entry[0])]
     rules = [lambda file: "成品" in file.stem, lambda file: file.stem == folder.name, lambda file: file.name in shown[:1],
              lambda file: not re.search(r"\d|步骤|step", file.stem)]
     for rule in rules:
@@ -109,13 +115,19 @@ def share_of_hash(file) -> float:
 
 
 def photograph(file, size: int, where: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """A picture file upright, a square of it scaled to uint8 [size, size, 3]. where: the square's place from left to right and from top
-    to bottom, 0 … 1. Raises OSError for a file that is damaged, ValueError for a strip."""
+    """A picture, a file or a stream, upright, a square of it scaled to uint8 [size, size, 3]. where: the square's place from left to right
+    and from top to bottom, 0 … 1. Raises OSError for a file that is damaged, ValueError for a strip."""
     with Image.open(file) as image:
         if max(image.size) > LONGEST * min(image.size):
             raise ValueError(f"a strip of {image.size[0]}×{image.size[1]} pixels")
         image.draft("RGB", (size, size))                                    # a large JPEG is decoded at a fraction of its size
-        upright = ImageOps.exif_transpose(image)
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except (ValueError, TypeError, KeyError, SyntaxError, struct.error):   # what the camera wrote beside the picture is broken
+            upright = image
         if upright.mode.startswith("I;16"):                                 # 16 bits a pixel: the upper eight
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if "A" in upright.getbands() or "transparency" in upright.info:      # what can be looked through stands on white
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
         return np.array(ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.LANCZOS, centering=where))

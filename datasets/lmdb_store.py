@@ -2,7 +2,7 @@
 
 A record is three things behind each other: the length of a header (4 bytes, little-endian), the header, JSON in UTF-8 such as
 {"caption": "番茄炒鸡蛋"} and whatever columns one adds, and the picture as an encoded image file (PNG, JPEG ...). Nothing is ever
-unpickled, so a store from a stranger can do no harm. Record i has the key "000000042"; beside the records stands the key "about":
+unpickled, so a store from a stranger runs nothing here. Record 42 has the key "000000042"; beside the records stands the key "about":
 {"layout": "easy-diffusion image-caption", "version": 1, "count": N}.
 
 A large text encoder need read each caption but once: `write_states` keeps its states beside the pictures, and `StoredStates` gives
@@ -21,6 +21,7 @@ all, whenever the process dies. The file needs lmdb, Pillow, numpy, torch and tq
 (2, (3, 8, 8), '土豆汤')
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -36,9 +37,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+# What Pillow and its like raise for a file that is no picture.
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, EOFError, Image.DecompressionBombError)
 LAYOUT, VERSION = "easy-diffusion image-caption", 1
 ABOUT, STATES = b"about", b"states"
-_environments = {}
+_environments, _writers = {}, set()
 
 
 class ImageCaptionStore(torch.utils.data.Dataset):
@@ -61,14 +64,14 @@ class ImageCaptionStore(torch.utils.data.Dataset):
     def __getitem__(self, index):
         if not 0 <= index < self.length:
             raise IndexError(f"record {index} of {self.length} in {self.folder}")
-        with _reading(self.folder).begin(buffers=True) as transaction:
+        with _reading(self.folder) as transaction:
             record = transaction.get(_key(index))
             if record is None:
                 raise KeyError(f"record {index} is missing in {self.folder}, which should hold {self.length}")
             try:
                 picture, header = unpack(record)
                 return picture, header["caption"]
-            except (OSError, ValueError, KeyError, struct.error) as error:
+            except (*UNREADABLE, KeyError) as error:
                 raise ValueError(f"record {index} in {self.folder} is damaged: {error}") from error
 
 
@@ -77,8 +80,9 @@ def count(folder) -> int:
     file = Path(folder) / "data.mdb"
     if not file.is_file() or file.stat().st_size == 0:                      # empty: a writer was killed as it began
         return 0
-    with _reading(folder).begin() as transaction:
+    with _reading(folder) as transaction:
         about, empty = transaction.get(ABOUT), transaction.stat()["entries"] == 0
+        about = bytes(about) if about is not None else None
     if empty:
         return 0
     try:
@@ -87,7 +91,8 @@ def count(folder) -> int:
     except (TypeError, ValueError, KeyError):
         layout = version = None
     if layout != LAYOUT:
-        raise ValueError(f"{folder} holds an LMDB, but not one that ImageCaptionStore can read: it has no record named «about»")
+        raise ValueError(f"{folder} holds an LMDB, but not one that ImageCaptionStore can read: its record «about» is missing, or of "
+                         "another layout")
     if version != VERSION:
         raise ValueError(f"{folder} has layout version {version}; this code reads version {VERSION}")
     return about["count"]
@@ -100,29 +105,23 @@ def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[in
     PNG, without loss) or the bytes of an image file (stored as they are). Killed at any moment, the store holds whole transactions:
     `count` tells from which record to go on. It grows as it must.
     """
-    present = count(folder)
-    _close(folder)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    environment = lmdb.open(str(folder), map_size=2 ** 26)
-    try:
-        records = iter(records)
-        while chunk := list(itertools.islice(records, per_transaction)):
-            packed = [pack(*record) for record in chunk]
-            about = json.dumps({"layout": LAYOUT, "version": VERSION, "count": present + len(packed)}).encode()
-            _commit(environment, [*((_key(present + i), record) for i, record in enumerate(packed)), (ABOUT, about)])
+    with _writing(folder) as environment:
+        present, records = count(folder), iter(records)
+        about = _about(present) if present else None
+        while packed := [pack(*record) for record in itertools.islice(records, per_transaction)]:
+            before, about = about, _about(present + len(packed))
+            _commit(environment, [*((_key(present + i), record) for i, record in enumerate(packed)), (ABOUT, about)], before)
             for _ in packed:
                 present += 1
                 yield present
-    finally:
-        environment.close()
 
 
 def store_files(folder, rows, settings: dict, bar: bool = True) -> tuple[int, dict[str, str]]:
     """Write pictures from files into a store, with a progress bar, or go on with one that was begun.
 
-    rows: (name, caption, picture), where picture is a function that reads it, → uint8 [H, W, 3], or a str that says why there is none.
-    settings: what the pictures depend on; a store that was begun with others is refused (ValueError). Returns the number of records and,
-    for each name that was skipped, why.
+    rows: (name, caption, picture), each name once, where picture is a function that reads it, → uint8 [H, W, 3], or a str that says why
+    there is none. settings: what the pictures depend on; a store that was begun with others is refused (ValueError). Returns the number
+    of records and, for each name that was skipped, why.
     """
     done = {header.get("file"): header.get("settings") for header in headers(folder)} if count(folder) else {}
     if any(found != settings for found in done.values()):
@@ -134,13 +133,15 @@ def store_files(folder, rows, settings: dict, bar: bool = True) -> tuple[int, di
         for name, caption, picture in tqdm(rows, disable=not bar, desc=f"into {folder}", unit="picture"):
             if name in done:
                 continue
+            if isinstance(picture, str):
+                skipped[name] = picture
+                continue
             try:
-                if isinstance(picture, str):
-                    raise ValueError(picture)
                 pixels = torch.from_numpy(picture()).permute(2, 0, 1)
-                yield pixels, caption, {"file": name, "settings": settings}
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                skipped[name] = str(error)
+            except UNREADABLE as error:
+                skipped[name] = str(error) or type(error).__name__
+                continue
+            yield pixels, caption, {"file": name, "settings": settings}
 
     for _ in append(folder, records()):
         pass
@@ -149,13 +150,15 @@ def store_files(folder, rows, settings: dict, bar: bool = True) -> tuple[int, di
 
 def headers(folder) -> Iterator[dict]:
     """The header of each record, in order; pictures are not decoded."""
-    with _reading(folder).begin(buffers=True) as transaction:
+    with _reading(folder) as transaction:
         for index in range(count(folder)):
             record = transaction.get(_key(index))
             if record is None:
                 raise KeyError(f"record {index} is missing in {folder}")
-            size, = struct.unpack_from("<I", record)
-            yield json.loads(bytes(record[4:4 + size]))
+            try:
+                yield header_of(record)
+            except (*UNREADABLE, KeyError) as error:
+                raise ValueError(f"record {index} in {folder} is damaged: {error}") from error
 
 
 def captions(folder) -> Iterator[str]:
@@ -175,11 +178,11 @@ def write_states(folder, encoder, fingerprint: str, batch: int = 64) -> Iterator
     if known is not None and known["fingerprint"] != fingerprint:
         raise ValueError(f"{folder} holds states of the encoder {known['fingerprint']}, and this one is {fingerprint}: "
                          "build the store anew, or take that encoder")
-    with _reading(folder).begin() as transaction:
+    with _reading(folder) as transaction:
         missing = [caption for caption in wanted if transaction.get(_states_key(caption)) is None]
-    _close(folder)
-    environment = lmdb.open(str(folder), map_size=max(2 ** 26, 2 * (Path(folder) / "data.mdb").stat().st_size))
-    try:
+    if not missing:                                                         # on read-only media, too
+        return
+    with _writing(folder) as environment:
         for first in range(0, len(missing), batch):
             some = missing[first:first + batch]
             states, mask = encoder(some)                                    # [B, L, D], [B, L]
@@ -187,8 +190,6 @@ def write_states(folder, encoder, fingerprint: str, batch: int = 64) -> Iterator
             rows = [(_states_key(caption), row[real].half().cpu().numpy().tobytes()) for caption, row, real in zip(some, states, mask)]
             _commit(environment, [(STATES, about), *rows])
             yield len(wanted) - len(missing) + first + len(some), len(wanted)
-    finally:
-        environment.close()
 
 
 class StoredStates(torch.nn.Module):
@@ -210,7 +211,7 @@ class StoredStates(torch.nn.Module):
 
     def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = []
-        with _reading(self.folder).begin() as transaction:
+        with _reading(self.folder) as transaction:
             for caption in captions:
                 content = transaction.get(_states_key(caption))
                 if content is None:
@@ -236,23 +237,42 @@ def pack(picture, caption: str, columns: dict | None = None) -> bytes:
     return struct.pack("<I", len(header)) + header + picture
 
 
+def header_of(record) -> dict:
+    """The header of one record: a dict with a caption. Raises ValueError or struct.error for something else."""
+    size, = struct.unpack_from("<I", record)
+    header = json.loads(bytes(record[4:4 + size]))
+    if not isinstance(header, dict) or not isinstance(header.get("caption"), str):
+        raise ValueError("its header has no caption")
+    return header
+
+
 def unpack(record) -> tuple[torch.Tensor, dict]:
     """(picture uint8 [3, H, W], header) of one record, bytes or a buffer."""
     size, = struct.unpack_from("<I", record)
-    header = json.loads(bytes(record[4:4 + size]))
+    header = header_of(record)
     with Image.open(io.BytesIO(record[4 + size:])) as image:
         picture = np.array(image.convert("RGB"))
     return torch.from_numpy(picture).permute(2, 0, 1).contiguous(), header
 
 
-def _commit(environment, pairs):
-    """Write all pairs of key and value in one transaction; the map grows as it must."""
+def _about(records: int) -> bytes:
+    return json.dumps({"layout": LAYOUT, "version": VERSION, "count": records}).encode()
+
+
+def _commit(environment, pairs, about=None):
+    """Write all pairs of key and value in one transaction; the map grows as it must. about: what the store said of itself when the writer
+    last saw it. Raises RuntimeError if it says something else now."""
     while True:
         try:
             with environment.begin(write=True) as transaction:
+                if pairs[-1][0] == ABOUT and transaction.get(ABOUT) != about:
+                    raise RuntimeError(f"another process is writing to {environment.path()}, too: the last records of this one are "
+                                       "not stored")
                 for key, value in pairs:
                     transaction.put(key, value)
             return
+        except lmdb.MapResizedError:
+            environment.set_mapsize(0)
         except lmdb.MapFullError:
             environment.set_mapsize(2 * environment.info()["map_size"])
 
@@ -268,13 +288,15 @@ def _states_key(caption):
 def _about_states(folder):
     if not count(folder):
         raise FileNotFoundError(f"no store in {folder}: `append` writes one")
-    with _reading(folder).begin() as transaction:
+    with _reading(folder) as transaction:
         about = transaction.get(STATES)
-    return json.loads(about) if about is not None else None
+        return json.loads(bytes(about)) if about is not None else None
 
 
+@contextlib.contextmanager
 def _reading(folder):
-    """The environment for reading a folder, one a process: LMDB must not be opened twice in the same one."""
+    """A transaction for reading a folder. LMDB must not be opened twice in a process, so there is one environment a process; while this
+    one writes, it is the writer's. Another process may have made the store grow: then the map is taken anew."""
     folder = os.path.realpath(folder)
     name = os.getpid(), folder, os.stat(os.path.join(folder, "data.mdb")).st_ino
     if name not in _environments:
@@ -282,9 +304,33 @@ def _reading(folder):
             _environments[name] = lmdb.open(folder, readonly=True, lock=os.access(folder, os.W_OK), readahead=False)
         except lmdb.Error as error:
             raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
-    return _environments[name]
+    environment = _environments[name]
+    try:
+        transaction = environment.begin(buffers=True)
+    except lmdb.MapResizedError:
+        environment.set_mapsize(0)
+        transaction = environment.begin(buffers=True)
+    with transaction:
+        yield transaction
 
 
-def _close(folder):
-    for name in [name for name in _environments if name[:2] == (os.getpid(), os.path.realpath(folder))]:
+@contextlib.contextmanager
+def _writing(folder):
+    """The environment for writing to a folder, this process's only one while it is open. Raises RuntimeError if there is one already."""
+    folder = os.path.realpath(folder)
+    if (os.getpid(), folder) in _writers:
+        raise RuntimeError(f"{folder} is being written to by this process already: finish that first")
+    for name in [name for name in _environments if name[:2] == (os.getpid(), folder)]:
         _environments.pop(name).close()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = Path(folder) / "data.mdb"
+    environment = lmdb.open(folder, map_size=max(2 ** 26, 2 * file.stat().st_size if file.exists() else 0))
+    name = os.getpid(), folder, file.stat().st_ino
+    _environments[name] = environment
+    _writers.add(name[:2])
+    try:
+        yield environment
+    finally:
+        _writers.discard(name[:2])
+        _environments.pop(name, None)
+        environment.close()

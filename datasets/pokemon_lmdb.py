@@ -5,11 +5,12 @@ the Pokémon caption sets are published (`image, text`, or `image, en_text, zh_t
 counted. The file needs lmdb, Pillow, numpy, torch, tqdm and, for parquet, pyarrow; beside it, aipos.py, aipos_lmdb.py and lmdb_store.py.
 
 >>> import tempfile, pathlib
+>>> from PIL import Image
 >>> folder = pathlib.Path(tempfile.mkdtemp())
 >>> Image.new("RGBA", (40, 40), (255, 200, 0, 128)).save(folder / "25.png")
 >>> _ = (folder / "table.csv").write_text("file_name,zh_text\\n25.png,黄色的电老鼠\\n26.png,\\n", encoding="utf-8")
 >>> build(folder / "table.csv", folder / "store", size=32, caption="zh_text", bar=False)
-(1, {'26.png': 'no caption in column zh_text'})
+(1, {'table.csv, row 2: 26.png': 'no caption in column zh_text'})
 >>> PokemonLmdb(folder / "store")[0][1]
 '黄色的电老鼠'
 """
@@ -22,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .aipos import photograph
 from .aipos_lmdb import AiposFoodLmdb
@@ -47,9 +47,10 @@ def table_rows(table) -> list[dict]:
         return list(csv.DictReader(io.StringIO(text)))
     if table.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             try:
-                rows.append(json.loads(line))
+                if line.strip():
+                    rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{table}, line {number}, is no JSON: {error}") from error
         return rows
@@ -57,19 +58,8 @@ def table_rows(table) -> list[dict]:
 
 
 def picture_of(source, size: int) -> np.ndarray:
-    """uint8 [size, size, 3] of a file or of an image file's bytes, on white where it is transparent."""
-    source = io.BytesIO(source) if isinstance(source, bytes) else source
-    with Image.open(source) as image:
-        if "A" not in image.getbands() and "transparency" not in image.info:
-            if isinstance(source, io.BytesIO):
-                source.seek(0)
-            return photograph(source, size)
-        image = image.convert("RGBA")
-        flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    content = io.BytesIO()
-    flat.save(content, "PNG")
-    content.seek(0)
-    return photograph(content, size)
+    """uint8 [size, size, 3] of a file, or of an image file's bytes."""
+    return photograph(io.BytesIO(source) if isinstance(source, bytes) else source, size)
 
 
 def build(table, store, size: int = 128, caption: str = "text", image: str | None = None, bar: bool = True) -> tuple[int, dict[str, str]]:
@@ -81,16 +71,16 @@ def build(table, store, size: int = 128, caption: str = "text", image: str | Non
     for column in (caption, image):
         if column not in columns:
             raise ValueError(f"{table} has no column {column}; it has {', '.join(map(str, columns)) or 'none'}")
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, 1):
         content, words = row.get(image), row.get(caption)
-        name = content if isinstance(content, str) else f"row {number}"
+        name = f"{Path(table).name}, row {number}" + (f": {content}" if isinstance(content, str) else "")
         if isinstance(content, dict):                                       # parquet: {"bytes": ..., "path": ...}
             content = content.get("bytes")
         elif isinstance(content, str):
             content = Path(table).parent / content
         problem = "no picture" if not content else None if isinstance(words, str) and words.strip() else f"no caption in column {caption}"
         todo.append((name, (words or "").strip() if isinstance(words, str) else "", problem or partial(picture_of, content, size)))
-    return store_files(store, todo, {"size": size, "caption": caption}, bar)
+    return store_files(store, todo, {"size": size, "caption": caption, "image": image}, bar)
 
 
 def main(arguments=None):

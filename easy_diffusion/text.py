@@ -131,7 +131,7 @@ def _downloaded(name):
         with contextlib.redirect_stdout(io.StringIO()):                     # it tells its configuration
             model, _ = load_from_name(name, device="cpu")
     except Exception as error:
-        raise RuntimeError(f"cn_clip could not download {name}, which a path to a checkpoint would spare: {error}") from error
+        raise RuntimeError(f"cn_clip could not download or load {name}, which a path to a checkpoint would spare: {error}") from error
     return model.state_dict()
 
 
@@ -139,8 +139,8 @@ def _cn_clip_tensors(path):
     """All tensors of a checkpoint by cn_clip's names: `bert.…`, `text_projection` [dim, joint], and the vision tower's."""
     if path.is_dir():
         files = [*path.glob("model.safetensors"), *path.glob("pytorch_model.bin"), *path.glob("*.pt")]
-        if len(files) != 1 and not (files and files[0].name == "model.safetensors"):
-            raise FileNotFoundError(f"{path} should hold one model.safetensors, pytorch_model.bin or .pt file; it holds "
+        if not files or (files[0].suffix == ".pt" and len(files) > 1):
+            raise FileNotFoundError(f"{path} should hold a model.safetensors, a pytorch_model.bin or one .pt file; it holds "
                                     f"{', '.join(file.name for file in files) or 'none'}")
         path = files[0]
     if not path.is_file():

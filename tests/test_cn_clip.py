@@ -133,7 +133,7 @@ def test_a_download_that_fails_says_what_else_one_can_do(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
     monkeypatch.setattr("cn_clip.clip.load_from_name", unreachable)
-    with pytest.raises(RuntimeError, match="could not download ViT-B-16.*path to a checkpoint.*no network"):
+    with pytest.raises(RuntimeError, match="could not download or load ViT-B-16.*path to a checkpoint.*no network"):
         CnClipEncoder("ViT-B-16")
 
 

@@ -184,3 +184,32 @@ def test_a_network_learns_the_same_from_stored_states(tmp_path):
             pass
         weights.append(torch.cat([p.flatten() for p in network.parameters()]).detach().cpu())
     torch.testing.assert_close(*weights, rtol=0, atol=2e-3)
+
+
+def test_a_reader_follows_a_store_that_another_process_makes_grow(tmp_path):
+    """From a few records to 30 MB, far beyond the map that the reader took at first."""
+    write(tmp_path / "s", Dishes(4, 32))
+    assert ImageCaptionStore(tmp_path / "s")[3][0].shape == (3, 32, 32)
+    program = ("import sys, torch; from datasets.lmdb_store import append\n"
+               "noise = torch.randint(256, (3, 256, 256), dtype=torch.uint8)\n"
+               "for _ in append(sys.argv[1], ((noise, str(i)) for i in range(150))): pass")
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "s")], check=True)
+    store = ImageCaptionStore(tmp_path / "s")
+    assert len(store) == 154 and store[153][1] == "149" and store[0][0].shape == (3, 32, 32)
+
+
+def test_one_writes_and_reads_in_the_same_process_but_never_writes_twice(tmp_path):
+    writing = append(tmp_path / "s", Dishes(40, 32), per_transaction=10)
+    assert next(writing) == 1 and count(tmp_path / "s") == 10 and ImageCaptionStore(tmp_path / "s")[9][1] == Dishes(40, 32)[9][1]
+    with pytest.raises(RuntimeError, match="being written to"):
+        next(append(tmp_path / "s", Dishes(1, 32)))
+    assert list(writing)[-1] == 40 and len(ImageCaptionStore(tmp_path / "s")) == 40
+    writing = append(tmp_path / "s", Dishes(40, 32), per_transaction=10)
+    next(writing)
+    other = ("import sys; from datasets.lmdb_store import append; from datasets.dishes import Dishes\n"
+             "list(append(sys.argv[1], Dishes(3, 32)))")
+    subprocess.run([sys.executable, "-c", other, str(tmp_path / "s")], check=True)
+    with pytest.raises(RuntimeError, match="another process is writing"):
+        list(writing)
+    store = ImageCaptionStore(tmp_path / "s")
+    assert len(store) == 53 and all(store[i][0].shape == (3, 32, 32) for i in range(53))
