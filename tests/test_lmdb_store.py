@@ -44,6 +44,19 @@ def test_an_encoded_picture_is_stored_as_it_is(tmp_path):
         assert transaction.get(b"000000000").endswith(jpeg.getvalue())
 
 
+def test_stores_of_the_first_version_are_read_and_continued(tmp_path):
+    png = io.BytesIO()
+    Image.new("RGB", (9, 7), "red").save(png, "PNG")
+    header = '{"caption": "番茄汤"}'.encode()
+    with lmdb.open(str(tmp_path / "s")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"000000000", len(header).to_bytes(4, "little") + header + png.getvalue())
+        transaction.put(b"about", b'{"layout": "easy-diffusion image-caption", "version": 1, "count": 1}')
+    write(tmp_path / "s", Dishes(2, 32))
+    store = ImageCaptionStore(tmp_path / "s")
+    assert len(store) == 3 and store[0][0].shape == (3, 7, 9) and store[0][0][0].min() == 255 and store[0][1] == "番茄汤"
+    assert torch.equal(store[2][0], Dishes(2, 32)[1][0])
+
+
 def test_a_store_grows_beyond_its_first_map(tmp_path):
     noise = torch.randint(256, (3, 256, 256), dtype=torch.uint8)           # does not compress: 200 kB
     write(tmp_path / "s", ((noise, str(i)) for i in range(400)), per_transaction=50)       # 80 MB > 64 MiB
