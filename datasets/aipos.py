@@ -7,7 +7,7 @@
 The folder's name is the caption. Of a HowToCook dish, with its photographs of each step, only the finished dish is taken. A photograph is
 turned upright (EXIF), cut to a square and scaled. A file that is no picture, or only half of one, is skipped with a warning that names
 it. Which files are for training is told by a hash of their content, so that it stays the same when files come, go or change their names.
-The file needs Pillow, numpy and torch.
+The file needs Pillow, numpy, torch and tqdm.
 
 >>> import tempfile, pathlib
 >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -28,6 +28,7 @@ from urllib.parse import unquote
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
 # What Pillow and its like raise for a file that is no picture.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, EOFError, Image.DecompressionBombError)
@@ -48,7 +49,8 @@ class AiposFood(torch.utils.data.Dataset):
         if crop not in ("centre", "random"):
             raise ValueError(f'crop is "centre" or "random", not {crop!r}')
         self.size, self.crop, self.flip, self.files, self.names, self.skipped = size, crop, flip, [], [], 0
-        for file, name in dish_files(folder):
+        files = dish_files(folder)
+        for file, name in tqdm(files, desc=f"opening {folder}", unit="photograph", delay=2, leave=False):
             try:
                 photograph(file, 32)
                 if split is None or (share_of_hash(file) < held_out) == (split == "test"):
@@ -57,7 +59,7 @@ class AiposFood(torch.utils.data.Dataset):
             except UNREADABLE as error:
                 self.skipped += 1
                 warnings.warn(f"skipped {file}: {error}", stacklevel=2)
-        if not self.files and split is not None and dish_files(folder):
+        if len(files) > self.skipped and not self.files:
             raise FileNotFoundError(f"of the pictures in {folder} none is in split {split!r} with held_out={held_out}")
         if not self.files:
             raise FileNotFoundError(f"no picture in {folder}: it should hold a folder for each dish name, with pictures inside"

@@ -46,6 +46,7 @@ def build(photos, store, size: int = 128, bar: bool = True) -> tuple[int, dict[s
 
 
 def main(arguments=None):
+    """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m datasets.aipos_lmdb", description=__doc__.splitlines()[0])
     parser.add_argument("photos", help="a folder for each dish name, photographs inside; or HowToCook's folder")
     parser.add_argument("store", help="where the store goes; if it is there, it is continued")
@@ -53,7 +54,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         count, skipped = build(options.photos, options.store, options.size)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     for file, reason in skipped.items():
         print(f"skipped {file}: {reason}")

@@ -6,10 +6,6 @@ a "shape", [3, H, W], so many numbers of a byte each. These take a little more r
 unpickled, so a store from a stranger runs nothing here. Record 42 has the key "000000042"; beside the records stands the key "about":
 {"layout": "easy-diffusion image-caption", "version": 2, "count": N}.
 
-A large text encoder need read each caption but once: `write_states` keeps its states beside the pictures, and `StoredStates` gives
-them back, so that a network trains without the encoder in memory. Under "states" stands {"fingerprint": ..., "dim": D}, under
-"states " and 16 bytes of a caption's hash its states, float16 [L, D] without padding.
-
 LMDB maps the file into memory: a reader touches only the pages that it wants, and a transaction is there as a whole or not at
 all, whenever the process dies. The file needs lmdb, Pillow, numpy, torch and tqdm.
 
@@ -23,7 +19,6 @@ all, whenever the process dies. The file needs lmdb, Pillow, numpy, torch and tq
 """
 
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -41,7 +36,7 @@ from tqdm.auto import tqdm
 # What Pillow and its like raise for a file that is no picture.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error, EOFError, Image.DecompressionBombError)
 LAYOUT, VERSION = "easy-diffusion image-caption", 2                         # version 1 had image files alone
-ABOUT, STATES = b"about", b"states"
+ABOUT = b"about"
 _environments, _writers = {}, set()
 
 
@@ -65,8 +60,8 @@ class ImageCaptionStore(torch.utils.data.Dataset):
     def __getitem__(self, index):
         if not 0 <= index < self.length:
             raise IndexError(f"record {index} of {self.length} in {self.folder}")
-        with _reading(self.folder) as transaction:
-            record = transaction.get(_key(index))
+        with reading(self.folder) as transaction:
+            record = transaction.get(key_of(index))
             if record is None:
                 raise KeyError(f"record {index} is missing in {self.folder}, which should hold {self.length}")
             try:
@@ -81,7 +76,7 @@ def count(folder) -> int:
     file = Path(folder) / "data.mdb"
     if not file.is_file() or file.stat().st_size == 0:                      # empty: a writer was killed as it began
         return 0
-    with _reading(folder) as transaction:
+    with reading(folder) as transaction:
         about, empty = transaction.get(ABOUT), transaction.stat()["entries"] == 0
         about = bytes(about) if about is not None else None
     if empty:
@@ -106,25 +101,25 @@ def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[in
     bytes of an image file; either is stored as it is. Killed at any moment, the store holds whole transactions:
     `count` tells from which record to go on. It grows as it must.
     """
-    with _writing(folder) as environment:
+    with writing(folder) as environment:
         present, records = count(folder), iter(records)
-        with _reading(folder) as transaction:
+        with reading(folder) as transaction:
             about = transaction.get(ABOUT)
             about = bytes(about) if about is not None else None
         while packed := [pack(*record) for record in itertools.islice(records, per_transaction)]:
             before, about = about, _about(present + len(packed))
-            _commit(environment, [*((_key(present + i), record) for i, record in enumerate(packed)), (ABOUT, about)], before)
+            commit(environment, [*((key_of(present + i), record) for i, record in enumerate(packed)), (ABOUT, about)], before)
             for _ in packed:
                 present += 1
                 yield present
 
 
-def store_files(folder, rows, settings: dict, bar: bool = True) -> tuple[int, dict[str, str]]:
+def store_files(folder, rows: Iterable, settings: dict, bar: bool = True, total: int | None = None) -> tuple[int, dict[str, str]]:
     """Write pictures from files into a store, with a progress bar, or go on with one that was begun.
 
     rows: (name, caption, picture), each name once, where picture is a function that reads it, → uint8 [H, W, 3], or a str that says why
-    there is none. settings: what the pictures depend on; a store that was begun with others is refused (ValueError). Returns the number
-    of records and, for each name that was skipped, why.
+    there is none; total: how many, if they cannot be counted. settings: what the pictures depend on; a store that was begun with others is
+    refused (ValueError). Returns the number of records and, for each name that was skipped, why.
     """
     done = {header.get("file"): header.get("settings") for header in headers(folder)} if count(folder) else {}
     if any(found != settings for found in done.values()):
@@ -133,7 +128,7 @@ def store_files(folder, rows, settings: dict, bar: bool = True) -> tuple[int, di
     skipped = {}
 
     def records():
-        for name, caption, picture in tqdm(rows, disable=not bar, desc=f"into {folder}", unit="picture"):
+        for name, caption, picture in tqdm(rows, f"into {folder}", total, disable=not bar, unit="picture"):
             if name in done:
                 continue
             if isinstance(picture, str):
@@ -153,9 +148,9 @@ def store_files(folder, rows, settings: dict, bar: bool = True) -> tuple[int, di
 
 def headers(folder) -> Iterator[dict]:
     """The header of each record, in order; pictures are not decoded."""
-    with _reading(folder) as transaction:
+    with reading(folder) as transaction:
         for index in range(count(folder)):
-            record = transaction.get(_key(index))
+            record = transaction.get(key_of(index))
             if record is None:
                 raise KeyError(f"record {index} is missing in {folder}")
             try:
@@ -167,62 +162,6 @@ def headers(folder) -> Iterator[dict]:
 def captions(folder) -> Iterator[str]:
     """The caption of each record, in order."""
     return (header["caption"] for header in headers(folder))
-
-
-@torch.no_grad()
-def write_states(folder, encoder, fingerprint: str, batch: int = 64) -> Iterator[tuple[int, int]]:
-    """Write the states of each distinct caption of a store, and of the empty one; yields (how many are written, how many there are).
-
-    encoder: captions → states [B, L, D], mask [B, L]. fingerprint: a str that is another for another encoder. What is there already is
-    not encoded again. Raises ValueError if it came from an encoder of another fingerprint.
-    """
-    wanted = ["", *dict.fromkeys(caption for caption in captions(folder) if caption)]
-    known = _about_states(folder)
-    if known is not None and known["fingerprint"] != fingerprint:
-        raise ValueError(f"{folder} holds states of the encoder {known['fingerprint']}, and this one is {fingerprint}: "
-                         "build the store anew, or take that encoder")
-    with _reading(folder) as transaction:
-        missing = [caption for caption in wanted if transaction.get(_states_key(caption)) is None]
-    if not missing:                                                         # on read-only media, too
-        return
-    with _writing(folder) as environment:
-        for first in range(0, len(missing), batch):
-            some = missing[first:first + batch]
-            states, mask = encoder(some)                                    # [B, L, D], [B, L]
-            about = json.dumps({"fingerprint": fingerprint, "dim": states.shape[-1]}).encode()
-            rows = [(_states_key(caption), row[real].half().cpu().numpy().tobytes()) for caption, row, real in zip(some, states, mask)]
-            _commit(environment, [(STATES, about), *rows])
-            yield len(wanted) - len(missing) + first + len(some), len(wanted)
-
-
-class StoredStates(torch.nn.Module):
-    """The states that `write_states` kept, in an encoder's place: captions → states float32 [B, L, D] and mask bool [B, L].
-
-    fingerprint: if given, of the encoder that one wants. Raises ValueError for a store without states, or of another encoder, and
-    KeyError for a caption that it does not know.
-    """
-
-    def __init__(self, folder, fingerprint: str | None = None):
-        super().__init__()
-        self.folder, about = str(folder), _about_states(folder)
-        if about is None:
-            raise ValueError(f"{folder} holds no states of captions: `write_states` writes them")
-        if fingerprint is not None and about["fingerprint"] != fingerprint:
-            raise ValueError(f"{folder} holds states of the encoder {about['fingerprint']}, not of {fingerprint}")
-        self.dim, self.fingerprint = about["dim"], about["fingerprint"]
-        self.register_buffer("place", torch.empty(0), persistent=False)     # tells the device that this module was moved to
-
-    def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = []
-        with _reading(self.folder) as transaction:
-            for caption in captions:
-                content = transaction.get(_states_key(caption))
-                if content is None:
-                    raise KeyError(f"{self.folder} holds no states of the caption {caption!r}")
-                rows.append(torch.frombuffer(bytearray(content), dtype=torch.float16).view(-1, self.dim))       # [L, D]
-        states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float()                                # [B, L, D]
-        mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]                # [B, L]
-        return states.to(self.place.device), mask.to(self.place.device)
 
 
 def pack(picture, caption: str, columns: dict | None = None) -> bytes:
@@ -263,9 +202,17 @@ def _about(records: int) -> bytes:
     return json.dumps({"layout": LAYOUT, "version": VERSION, "count": records}).encode()
 
 
-def _commit(environment, pairs, about=None):
-    """Write all pairs of key and value in one transaction; the map grows as it must. about: what the store said of itself when the writer
-    last saw it. Raises RuntimeError if it says something else now."""
+def key_of(index: int) -> bytes:
+    """The key of a record."""
+    return b"%09d" % index
+
+
+def commit(environment, pairs, about: bytes | None = None) -> None:
+    """Write all pairs of key and value in one transaction; the map grows as it must.
+
+    about: what the store said of itself when the writer last saw it. Raises RuntimeError if it says something else now, OSError if the
+    disk does not take it; what was committed before stays as it is.
+    """
     while True:
         try:
             with environment.begin(write=True) as transaction:
@@ -279,33 +226,19 @@ def _commit(environment, pairs, about=None):
             environment.set_mapsize(0)
         except lmdb.MapFullError:
             environment.set_mapsize(2 * environment.info()["map_size"])
-
-
-def _key(index):
-    return b"%09d" % index
-
-
-def _states_key(caption):
-    return STATES + b" " + hashlib.blake2b(caption.encode(), digest_size=16).digest()
-
-
-def _about_states(folder):
-    if not count(folder):
-        raise FileNotFoundError(f"no store in {folder}: `append` writes one")
-    with _reading(folder) as transaction:
-        about = transaction.get(STATES)
-        return json.loads(bytes(about)) if about is not None else None
+        except lmdb.Error as error:
+            raise OSError(f"{environment.path()} cannot be written to: {error}. The records before these are stored") from error
 
 
 @contextlib.contextmanager
-def _reading(folder):
-    """A transaction for reading a folder. LMDB must not be opened twice in a process, so there is one environment a process; while this
-    one writes, it is the writer's. Another process may have made the store grow: then the map is taken anew."""
-    folder = os.path.realpath(folder)
-    name = os.getpid(), folder, os.stat(os.path.join(folder, "data.mdb")).st_ino
+def reading(folder):
+    """A transaction for reading a folder. LMDB must not be opened twice in a process, so there is one environment a process and file; while
+    this process writes, it is the writer's. Another process may have made the store grow: then the map is taken anew."""
+    file = os.stat(f"{folder}/data.mdb")
+    name = os.getpid(), file.st_dev, file.st_ino
     if name not in _environments:
         try:
-            _environments[name] = lmdb.open(folder, readonly=True, lock=os.access(folder, os.W_OK), readahead=False)
+            _environments[name] = lmdb.open(str(folder), readonly=True, lock=os.access(folder, os.W_OK), readahead=False)
         except lmdb.Error as error:
             raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
     environment = _environments[name]
@@ -319,22 +252,22 @@ def _reading(folder):
 
 
 @contextlib.contextmanager
-def _writing(folder):
+def writing(folder):
     """The environment for writing to a folder, this process's only one while it is open. Raises RuntimeError if there is one already."""
-    folder = os.path.realpath(folder)
-    if (os.getpid(), folder) in _writers:
+    path = Path(folder) / "data.mdb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    file = path.stat()
+    name = os.getpid(), file.st_dev, file.st_ino
+    if name in _writers:
         raise RuntimeError(f"{folder} is being written to by this process already: finish that first")
-    for name in [name for name in _environments if name[:2] == (os.getpid(), folder)]:
+    if name in _environments:
         _environments.pop(name).close()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = Path(folder) / "data.mdb"
-    environment = lmdb.open(folder, map_size=max(2 ** 26, 2 * file.stat().st_size if file.exists() else 0))
-    name = os.getpid(), folder, file.stat().st_ino
-    _environments[name] = environment
-    _writers.add(name[:2])
+    _environments[name] = environment = lmdb.open(str(folder), map_size=max(2 ** 26, 2 * file.st_size))
+    _writers.add(name)
     try:
         yield environment
     finally:
-        _writers.discard(name[:2])
+        _writers.discard(name)
         _environments.pop(name, None)
         environment.close()

@@ -6,11 +6,12 @@ counted. The file needs lmdb, Pillow, numpy, torch, tqdm and, for parquet, pyarr
 
 >>> import tempfile, pathlib
 >>> from PIL import Image
->>> folder = pathlib.Path(tempfile.mkdtemp())
+>>> folder = pathlib.Path(tempfile.mkdtemp()) / "cards"
+>>> folder.mkdir()
 >>> Image.new("RGBA", (40, 40), (255, 200, 0, 128)).save(folder / "25.png")
 >>> _ = (folder / "table.csv").write_text("file_name,zh_text\\n25.png,黄色的电老鼠\\n26.png,\\n", encoding="utf-8")
 >>> build(folder / "table.csv", folder / "store", size=32, caption="zh_text", bar=False)
-(1, {'table.csv, row 2: 26.png': 'no caption in column zh_text'})
+(1, {'cards/table.csv, row 2: 26.png': 'no caption in column zh_text'})
 >>> PokemonLmdb(folder / "store")[0][1]
 '黄色的电老鼠'
 """
@@ -19,10 +20,9 @@ import argparse
 import csv
 import io
 import json
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from .aipos import photograph
 from .aipos_lmdb import AiposFoodLmdb
@@ -31,59 +31,75 @@ from .lmdb_store import store_files
 PokemonLmdb = AiposFoodLmdb                                                 # what is in a store no longer tells where it came from
 
 
-def table_rows(table) -> list[dict]:
-    """The rows of a .csv, .jsonl or .parquet file. Raises ValueError for another, or one that cannot be read, with the line."""
+def read_table(table) -> tuple[list[str], int, Iterable[dict | str]]:
+    """The columns of a .csv, .jsonl or .parquet file, how many rows it has, and the rows, one after the other; instead of a row that cannot
+    be read, a str that says why. Raises FileNotFoundError, or ValueError for a file that is none of these."""
     table = Path(table)
     if not table.is_file():
         raise FileNotFoundError(f"no table {table}")
     if table.suffix == ".parquet":
         import pyarrow.parquet
-        return pyarrow.parquet.read_table(table).to_pylist()
-    try:
-        text = table.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is not UTF-8: {error}") from error
+        try:
+            file = pyarrow.parquet.ParquetFile(table)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{table} is damaged, or no parquet file: {error}") from error
+        return file.schema_arrow.names, file.metadata.num_rows, (row for part in file.iter_batches(64) for row in part.to_pylist())
+    text = table.read_text("utf-8-sig", "replace")                          # what is not UTF-8 becomes �
     if table.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    if table.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                if line.strip():
-                    rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{table}, line {number}, is no JSON: {error}") from error
-        return rows
-    raise ValueError(f"a table is .csv, .jsonl or .parquet, not {table.name}")
+        rows = list(csv.DictReader(io.StringIO(text)))
+    elif table.suffix == ".jsonl":
+        rows = [json_row(line) for line in text.split("\n") if line.strip()]
+    else:
+        raise ValueError(f"a table is .csv, .jsonl or .parquet, not {table.name}")
+    return list(dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)), len(rows), rows
 
 
-def picture_of(source, size: int) -> np.ndarray:
-    """uint8 [size, size, 3] of a file, or of an image file's bytes."""
-    return photograph(io.BytesIO(source) if isinstance(source, bytes) else source, size)
+def json_row(line: str) -> dict | str:
+    """One line of a .jsonl file, or why it is none."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"no JSON: {error}"
+    return row if isinstance(row, dict) else "no JSON object"
 
 
 def build(table, store, size: int = 128, caption: str = "text", image: str | None = None, bar: bool = True) -> tuple[int, dict[str, str]]:
     """Write a table into a store. caption, image: the columns (image: file_name or image, whichever there is). Returns how many pictures
     the store holds and, for each row that was skipped, why. Raises ValueError for a column that is not there, with those that are."""
-    rows, todo = table_rows(table), []
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns, total, rows = read_table(table)
     image = image or next((name for name in ("file_name", "image") if name in columns), "file_name")
     for column in (caption, image):
         if column not in columns:
             raise ValueError(f"{table} has no column {column}; it has {', '.join(map(str, columns)) or 'none'}")
-    for number, row in enumerate(rows, 1):
-        content, words = row.get(image), row.get(caption)
-        name = f"{Path(table).name}, row {number}" + (f": {content}" if isinstance(content, str) else "")
-        if isinstance(content, dict):                                       # parquet: {"bytes": ..., "path": ...}
-            content = content.get("bytes")
-        elif isinstance(content, str):
-            content = Path(table).parent / content
-        problem = "no picture" if not content else None if isinstance(words, str) and words.strip() else f"no caption in column {caption}"
-        todo.append((name, (words or "").strip() if isinstance(words, str) else "", problem or partial(picture_of, content, size)))
-    return store_files(store, todo, {"size": size, "caption": caption, "image": image}, bar)
+
+    place = Path(table).resolve()
+
+    def entries():
+        for number, row in enumerate(rows, 1):
+            name = f"{place.parent.name}/{place.name}, row {number}"
+            if isinstance(row, str):
+                yield name, "", row
+                continue
+            content, words = row.get(image), row.get(caption)
+            if isinstance(content, str):
+                name += f": {content}"
+            if isinstance(content, dict):                                   # parquet: {"bytes": ..., "path": ...}
+                content = content.get("bytes")
+            if not isinstance(content, (str, bytes)) or not content:
+                yield name, "", "no picture"
+            elif not isinstance(words, str) or not words.strip():
+                yield name, "", f"no caption in column {caption}"
+            elif "\ufffd" in words:
+                yield name, "", f"the caption in column {caption} is not UTF-8: {words}"
+            else:
+                source = io.BytesIO(content) if isinstance(content, bytes) else place.parent / content
+                yield name, words.strip(), partial(photograph, source, size)
+
+    return store_files(store, entries(), {"size": size, "caption": caption, "image": image}, bar, total)
 
 
 def main(arguments=None):
+    """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m datasets.pokemon_lmdb", description=__doc__.splitlines()[0])
     parser.add_argument("table", help="a .csv, .jsonl or .parquet file")
     parser.add_argument("store", help="where the store goes; if it is there, it is continued")
@@ -93,7 +109,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         count, skipped = build(options.table, options.store, options.size, options.caption, options.image)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")

@@ -13,8 +13,10 @@ the old one or the new one, never half of one. The file needs torch and safetens
 (7, (3, 2))
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,12 +28,21 @@ HEADER = "easy_diffusion"
 
 def save(path, tree) -> None:
     """Write a tree of tensors and plain values. Raises TypeError for a leaf of another kind, naming its place."""
-    path, tensors = Path(path), {}
+    tensors = {}
     skeleton = _take_apart(tree, tensors, "")
+    with replacing(path) as beside:
+        save_file(tensors, beside, metadata={HEADER: json.dumps(skeleton, ensure_ascii=False)})
+
+
+@contextlib.contextmanager
+def replacing(path) -> Iterator[Path]:
+    """A name beside `path` to write a file under. At the end it takes the path's place, whole and on the disk; if writing breaks off,
+    it goes, and what stood at the path stays."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.part")
     try:
-        save_file(tensors, beside, metadata={HEADER: json.dumps(skeleton, ensure_ascii=False)})
+        yield beside
         with open(beside, "rb") as written:
             os.fsync(written.fileno())
         os.replace(beside, path)

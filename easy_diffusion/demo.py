@@ -35,6 +35,7 @@ from datasets.dishes import Dishes, attributes, dish_names, draw
 
 from . import checkpoint as files
 from .animate import animate, contact_sheet, write_atomically, write_gif, write_png
+from .batches import batches
 from .camera import MOVES
 from .diffusion import GaussianDiffusion, logit_normal_timesteps, velocity_weight
 from .inpaint import painter
@@ -70,8 +71,7 @@ def prepare(folder: Path, count: int, size: int) -> lmdb_store.ImageCaptionStore
 
 def training(network, encoder, diffusion, store, checkpoint: Path | None, minutes: float):
     """The demo's training, as a generator of steps."""
-    loader = torch.utils.data.DataLoader(store, BATCH, shuffle=True, drop_last=True)
-    return train(network, diffusion, loader, encoder, minutes=minutes, steps=10 ** 7, checkpoint=checkpoint,
+    return train(network, diffusion, batches(store, BATCH), encoder, minutes=minutes, steps=10 ** 7, checkpoint=checkpoint,
                  save_seconds=min(30, 3 * minutes), **TRAINING)
 
 

@@ -7,7 +7,7 @@ With I_i and T_j the vectors of picture i and caption j, of length one, and s th
 (Radford et al., "Learning Transferable Visual Models", 2021, figure 3). In a batch of dishes the same name may come twice; then both
 pictures are right answers for it, and share the target. How good it is tells retrieval: for how many pictures the right name, out of all
 names, is the nearest. What comes out is a checkpoint that cn_clip's own `load_from_name` and text.py's CnClipEncoder read. The file needs
-torch, torchvision and cn_clip and, beside it, checkpoint.py.
+torch, torchvision and cn_clip and, beside it, batches.py and checkpoint.py.
 
 >>> vectors = torch.nn.functional.normalize(torch.eye(3), dim=-1)
 >>> bool(contrastive_loss(vectors, vectors, torch.tensor(100.0), ["番茄汤", "土豆丝", "炒面"]).abs() < 1e-6)
@@ -20,7 +20,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checkpoint as files
+from .batches import endless
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # of CLIP's training pictures
 
@@ -66,16 +66,10 @@ def load_cn_clip(path, vision: str = "ViT-B-16", text: str = "RoBERTa-wwm-ext-ba
 
 def save_cn_clip(path, model, step: int = 0) -> None:
     """Write a model with the names of cn_clip's training, in half precision, to which `load_from_name` rounds it anyway."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {f"module.{name}": (tensor.half() if tensor.is_floating_point() else tensor).detach().cpu()
              for name, tensor in model.state_dict().items()}
-    beside = path.with_name(f"{path.name}.part")
-    try:
-        torch.save({"epoch": 0, "step": step, "name": path.stem, "state_dict": state}, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with files.replacing(path) as beside:
+        torch.save({"epoch": 0, "step": step, "name": Path(path).stem, "state_dict": state}, beside)
 
 
 def picture_vectors(model, pictures: torch.Tensor) -> torch.Tensor:
@@ -132,15 +126,7 @@ def finetune(model, loader, *, steps: int, learning_rate: float = 1e-5, weight_d
         files.load_into(model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["index"]
-    batches = iter(())
-    for index in range(first, steps):
-        batch = next(batches, None)
-        if batch is None:
-            batches = iter(loader)
-            batch = next(batches, None)
-            if batch is None:
-                raise ValueError("the loader gives no batch: are there fewer pictures than one batch holds?")
-        pictures, captions = batch
+    for index, (pictures, captions) in zip(range(first, steps), endless(loader)):
         model.train()
         loss = contrastive_loss(picture_vectors(model, pictures.to(device)), caption_vectors(model, list(captions)),
                                 model.logit_scale.exp(), list(captions))

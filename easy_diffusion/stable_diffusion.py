@@ -19,7 +19,6 @@ its example also unet.py, blocks.py and autoencoder.py.
 
 import io
 import json
-import os
 import pickle
 import zipfile
 from functools import partial
@@ -253,18 +252,10 @@ def save(module, path) -> None:
             tensor = tensor[:, :, None, None]
         state[prefix + names[name][1] if single else names[name][0]] = tensor
     if not single:
-        _write(path / "config.json", lambda beside: beside.write_text(json.dumps(config(module), indent=1)))
-    _write(path if single else path / "diffusion_pytorch_model.safetensors", lambda beside: save_file(state, beside, {"format": "pt"}))
-
-
-def _write(path, write):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.part")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        with checkpoint.replacing(path / "config.json") as beside:
+            beside.write_text(json.dumps(config(module), indent=1))
+    with checkpoint.replacing(path if single else path / "diffusion_pytorch_model.safetensors") as beside:
+        save_file(state, beside, {"format": "pt"})
 
 
 def config(module) -> dict:

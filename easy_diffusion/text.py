@@ -157,11 +157,12 @@ def _cn_clip_tensors(path):
     if "text_projection.weight" in state:                                   # transformers' names
         state = {re.sub(r"^text_model\.", "bert.", name): tensor for name, tensor in state.items()}
         state["text_projection"] = state.pop("text_projection.weight").T
-    return state
+        return state
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}       # as cn_clip loads them
 
 
 def _text_tower(state, source):
-    """cn_clip's BertModel and the projection, filled; rounded to half precision, as cn_clip loads them."""
+    """cn_clip's BertModel and the projection, filled, float32."""
     from cn_clip.clip.configuration_bert import BertConfig
     from cn_clip.clip.modeling_bert import BertModel
     words = state.get("bert.embeddings.word_embeddings.weight")
@@ -174,7 +175,7 @@ def _text_tower(state, source):
         vocab_size_or_config_json_file=len(words), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=dim // 64,
         intermediate_size=4 * dim, layer_norm_eps=1e-12, hidden_act="gelu"))
     own = bert.state_dict()
-    found = {name.removeprefix("bert."): tensor.half().float() for name, tensor in state.items()
+    found = {name.removeprefix("bert."): tensor.float() for name, tensor in state.items()
              if name.startswith("bert.") and "pooler" not in name and not name.endswith("position_ids")}
     wrong = [f"missing: bert.{name}" for name in own.keys() - found.keys() if not name.endswith("position_ids")]
     wrong += [f"unknown: bert.{name}" for name in found.keys() - own.keys()]
@@ -183,4 +184,4 @@ def _text_tower(state, source):
     if wrong:
         raise ValueError(f"{source} is no text tower of Chinese CLIP:\n  " + "\n  ".join(sorted(wrong)))
     bert.load_state_dict(found, strict=False)
-    return bert, nn.Parameter(state["text_projection"].half().float())
+    return bert, nn.Parameter(state["text_projection"].float())

@@ -11,7 +11,7 @@ Each step takes a batch, picks a timestep for each picture, adds that much noise
     AdamW, then SGD   when the loss has stopped falling, plain SGD at a tiny rate settles the weights
 
 accelerate places the work on CPU or GPU and does the mixed precision. The file needs torch, accelerate and, beside it,
-checkpoint.py and muon.py; its example also schedule.py, samplers.py and diffusion.py.
+batches.py, checkpoint.py and muon.py; its example also schedule.py, samplers.py and diffusion.py.
 
 >>> from .schedule import NoiseSchedule
 >>> from .diffusion import GaussianDiffusion
@@ -36,6 +36,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from . import checkpoint as files
+from .batches import endless
 from .muon import Muon
 
 
@@ -150,16 +151,10 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
 
     start, seconds, saved_at, first = time.perf_counter(), before, before, index
     smooth = statistics.fmean(losses[-100:]) if losses else None
-    seen, batches, quartiles = 0, iter(()), (math.nan,) * 4
+    seen, batches, quartiles = 0, endless(loader), (math.nan,) * 4
     while progress() < 1:
-        batch = next(batches, None)
-        if batch is None:
-            batches = iter(loader)
-            batch = next(batches, None)
-            if batch is None:
-                raise ValueError("the loader gives no batch: are there fewer pictures than one batch holds?")
-        pictures, captions = batch
-        x0 = pictures.to(accelerator.device).float() / 127.5 - 1            # [B, C, H, W] in [-1, 1]
+        pictures, captions = next(batches)
+        x0 = pictures.to(accelerator.device, non_blocking=True).float() / 127.5 - 1            # [B, C, H, W] in [-1, 1]
         t = timesteps(len(x0), len(diffusion), generator)                   # [B]
         context = mask = None
         models.train()

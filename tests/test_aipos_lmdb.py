@@ -2,10 +2,10 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import aipos_lmdb, pokemon_lmdb
+from datasets import aipos_lmdb, lmdb_store, pokemon_lmdb
 from datasets.aipos import AiposFood, finished_dish
 from datasets.lmdb_store import ImageCaptionStore, count, headers
 from datasets.pokemon_lmdb import PokemonLmdb
@@ -106,27 +106,30 @@ def test_the_store_holds_what_the_folder_gives(tmp_path):
         aipos_lmdb.build(tmp_path / "food", tmp_path / "store", size=64, bar=False)
 
 
-def test_killed_at_random_moments_it_is_the_store_that_is_built_in_one_go(tmp_path):
+def build_slowly(photos, store):
+    """In a process of its own: small transactions, and slow enough to be killed in the middle on any machine."""
+    at_once, open_photograph = lmdb_store.append, aipos_lmdb.photograph
+    lmdb_store.append = lambda folder, records: at_once(folder, records, per_transaction=8)
+    aipos_lmdb.photograph = lambda *arguments: (time.sleep(0.003), open_photograph(*arguments))[1]
+    aipos_lmdb.build(photos, store, 32, bar=False)
+
+
+def test_killed_at_20_random_moments_it_is_the_store_that_is_built_in_one_go(tmp_path):
     folder, random = tmp_path / "food" / "番茄汤", np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i in range(400):
         (folder / f"{i:04d}.jpg").write_bytes(encoded(picture(i)))
     (folder / "0100.jpg").write_bytes(b"no picture")
     aipos_lmdb.build(tmp_path / "food", tmp_path / "whole", size=32, bar=False)
-    command = [sys.executable, "-c", "import sys, datasets.lmdb_store as s; a = s.append\n"
-               "s.append = lambda folder, records: a(folder, records, per_transaction=8)\n"
-               "import time; from datasets import aipos_lmdb; p = aipos_lmdb.photograph\n"
-               "aipos_lmdb.photograph = lambda *a: (time.sleep(0.004), p(*a))[1]        # slow enough to be killed on any machine\n"
-               "print('go', flush=True); aipos_lmdb.build(sys.argv[1], sys.argv[2], 32, bar=False)"]
     moments = []
-    for _ in range(8):
-        process = subprocess.Popen([*command, str(tmp_path / "food"), str(tmp_path / "store")], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(float(random.uniform(0.0, 0.3)))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(tmp_path / "food", tmp_path / "store"))
+        process.start()
+        time.sleep(float(random.uniform(0.0, 0.25)))
+        process.kill()
+        process.join()
         moments.append(count(tmp_path / "store"))
-    assert any(0 < moment < 399 for moment in moments), moments
+    assert moments == sorted(moments) and len({moment for moment in moments if 0 < moment < 399}) >= 3, moments
     total, skipped = aipos_lmdb.build(tmp_path / "food", tmp_path / "store", size=32, bar=False)
     assert total == 399 and [Path(file).name for file in skipped] == ["0100.jpg"]
     contents = []
@@ -217,11 +220,46 @@ def test_tables_of_pictures_and_captions(form, tmp_path):
         pokemon_lmdb.build(path, tmp_path / "other", bar=False)
 
 
+def bad_rows(count):
+    """(what is wrong, line of a .csv with the columns file_name, text; line of a .jsonl), `count` of them, of six kinds."""
+    kinds = [lambda i: ("No such file", f"nowhere{i}.png,第{i}只".encode(), {"file_name": f"nowhere{i}.png", "text": f"第{i}只"}),
+             lambda i: ("no caption", b"good.png,  ", {"file_name": "good.png", "text": " "}),
+             lambda i: ("no caption", b"good.png", {"file_name": "good.png"}),
+             lambda i: ("no picture", f",第{i}只".encode(), {"file_name": None, "text": f"第{i}只"}),
+             lambda i: ("not UTF-8", f"good.png,第{i}只".encode("gbk"), f'{{"file_name": "good.png", "text": "第{i}只"}}'.encode("gbk")),
+             lambda i: ("cannot identify", f"bad.png,第{i}只".encode(), {"file_name": "bad.png", "text": f"第{i}只"})]
+    for i in range(count):
+        says, csv_line, row = kinds[i % len(kinds)](i)
+        yield says, csv_line, row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_of_300_damaged_rows_each_is_skipped_with_its_reason_and_the_good_ones_arrive(form, tmp_path):
+    picture(0).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    rows, lines = list(bad_rows(300)), [b"file_name,text"] if form == "csv" else []
+    for i, (_, csv_line, json_line) in enumerate(rows):
+        lines.append(csv_line if form == "csv" else json_line)
+        if i % 30 == 0:
+            lines.append(f"good.png,好的{i}".encode() if form == "csv" else f'{{"file_name": "good.png", "text": "好的{i}"}}'.encode())
+    if form == "jsonl":
+        lines += [b'{"file_name": "good.png", "te', b'["good.png", "x"]']   # cut off, and no object
+        rows += [("no JSON", b"", b""), ("no JSON object", b"", b"")]
+    (tmp_path / f"t.{form}").write_bytes(b"\n".join(lines))
+    total, skipped = pokemon_lmdb.build(tmp_path / f"t.{form}", tmp_path / "store", size=8, bar=False)
+    assert total == 10 and [header["caption"] for header in headers(tmp_path / "store")] == [f"好的{i}" for i in range(0, 300, 30)]
+    assert len(skipped) == len(rows)
+    for (says, *_), reason in zip(rows, skipped.values()):
+        assert says in reason
+
+
 def test_tables_that_cannot_be_read_are_named(tmp_path):
-    (tmp_path / "latin.csv").write_bytes("file_name,text\n1.png,caf\xe9\n".encode("latin-1"))
-    (tmp_path / "broken.jsonl").write_text('{"file_name": "1.png", "text": "x"}\n{"file_na')
+    (tmp_path / "other.csv").write_bytes("文件,说明\n1.png,汤\n".encode("gbk"))
     (tmp_path / "table.xlsx").write_bytes(b"PK")
-    for name, kind, says in (("latin.csv", ValueError, "latin.csv is not UTF-8"), ("broken.jsonl", ValueError, "line 2, is no JSON"),
+    (tmp_path / "noise.parquet").write_bytes(os.urandom(500))
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    for name, kind, says in (("other.csv", ValueError, "other.csv has no column text; it has .*\ufffd"),
+                             ("empty.jsonl", ValueError, "it has none"), ("noise.parquet", ValueError, "noise.parquet is damaged"),
                              ("table.xlsx", ValueError, "not table.xlsx"), ("none.csv", FileNotFoundError, "no table")):
         with pytest.raises(kind, match=says):
             pokemon_lmdb.build(tmp_path / name, tmp_path / "store", bar=False)

@@ -26,9 +26,10 @@ def base(tmp_path_factory):
     """The published ViT-B-16's architecture, 188 M random weights, as cn_clip's training saves them."""
     torch.manual_seed(0)
     path, model = tmp_path_factory.mktemp("cn_clip") / "clip_cn_vit-b-16.pt", quietly(create_model, "ViT-B-16@RoBERTa-wwm-ext-base-chinese")
-    for parameter in model.bert.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
+    for parameter in model.float().bert.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)                          # in single precision, which cn_clip rounds to half
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    assert any(not torch.equal(tensor, tensor.half().float()) for tensor in state.values() if tensor.is_floating_point())
     torch.save({"epoch": 3, "step": 40, "name": "dishes", "state_dict": state}, path)
     return path
 

@@ -1,5 +1,7 @@
 import io
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from datasets.caption_states import StoredStates, write_states
 from datasets.dishes import Dishes
-from datasets.lmdb_store import ImageCaptionStore, StoredStates, append, captions, count, write_states
+from datasets.lmdb_store import ImageCaptionStore, append, captions, count
 from easy_diffusion.diffusion import GaussianDiffusion
 from easy_diffusion.schedule import NoiseSchedule
 from easy_diffusion.train import train
@@ -64,15 +67,15 @@ def test_a_store_grows_beyond_its_first_map(tmp_path):
     assert len(store) == 400 and store[399][1] == "399" and torch.equal(store[0][0], noise)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_read_the_same(tmp_path, context):
-    write(tmp_path / "s", Dishes(24, 32))
+def test_four_spawned_and_four_forked_workers_read_the_same_records_at_once(tmp_path):
+    write(tmp_path / "s", Dishes(48, 32))
     store = ImageCaptionStore(tmp_path / "s")
-    assert store[0][1] == Dishes(24, 32)[0][1]                             # already open in the parent
-    loader = torch.utils.data.DataLoader(store, 6, num_workers=2, multiprocessing_context=context)
-    pictures, names = zip(*loader)
-    assert torch.equal(torch.cat(pictures), torch.stack([p for p, _ in Dishes(24, 32)]))
-    assert sum(map(list, names), []) == [n for _, n in Dishes(24, 32)]
+    assert store[0][1] == Dishes(48, 32)[0][1]                             # already open in the parent
+    loaders = [torch.utils.data.DataLoader(store, 6, num_workers=4, multiprocessing_context=context) for context in ("spawn", "fork")]
+    pairs = list(zip(*loaders, strict=True))                               # a batch of each in turn
+    for pictures, names in (zip(*batches) for batches in zip(*pairs)):
+        assert torch.equal(torch.cat(pictures), torch.stack([p for p, _ in Dishes(48, 32)]))
+        assert sum(map(list, names), []) == [n for _, n in Dishes(48, 32)]
 
 
 def test_killed_while_writing_it_goes_on_with_no_record_lost_or_doubled(tmp_path):
@@ -101,6 +104,14 @@ def test_foreign_empty_and_newer_stores_are_named(tmp_path):
         transaction.put(b"0", b"\x80\x04K\x01.")
     with pytest.raises(ValueError, match="foreign holds an LMDB, but not one"):
         ImageCaptionStore(tmp_path / "foreign")
+    with lmdb.open(str(tmp_path / "predecessor")) as environment, environment.begin(write=True) as transaction:
+        for i in range(3):                                                  # pickled pairs under plain numbers, and their count
+            transaction.put(str(i).encode(), pickle.dumps((np.zeros((8, 8, 3), np.uint8), "番茄汤")))
+        transaction.put(b"__len__", pickle.dumps(3))
+    with pytest.raises(ValueError, match="predecessor holds an LMDB, but not one"):
+        list(append(tmp_path / "predecessor", Dishes(1, 32)))
+    with lmdb.open(str(tmp_path / "predecessor"), lock=False) as environment:
+        assert environment.stat()["entries"] == 4                           # and nothing was added to it
     with lmdb.open(str(tmp_path / "newer")) as environment, environment.begin(write=True) as transaction:
         transaction.put(b"about", b'{"layout": "easy-diffusion image-caption", "version": 9, "count": 1}')
     with pytest.raises(ValueError, match="version 9"):
@@ -226,3 +237,41 @@ def test_one_writes_and_reads_in_the_same_process_but_never_writes_twice(tmp_pat
         list(writing)
     store = ImageCaptionStore(tmp_path / "s")
     assert len(store) == 53 and all(store[i][0].shape == (3, 32, 32) for i in range(53))
+
+
+def test_a_full_disk_is_named_and_what_was_written_stays_readable(tmp_path):
+    """No file may grow beyond 2 MB in that process, for which the system gives the same kind of error as for a full disk."""
+    program = ("import resource, sys; from datasets.lmdb_store import append; from datasets.dishes import Dishes\n"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))\n"
+               "for n in append(sys.argv[1], Dishes(2000, 32), per_transaction=64): print(n)")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "s")], capture_output=True, text=True)
+    assert done.returncode == 1 and f"OSError: {tmp_path}/s cannot be written to: " in done.stderr, done.stderr
+    written, store, dishes = int(done.stdout.split()[-1]), ImageCaptionStore(tmp_path / "s"), Dishes(2000, 32)
+    assert len(store) == written and 64 <= written < 500 and (tmp_path / "s" / "data.mdb").stat().st_size <= 2_000_000
+    assert all(torch.equal(store[i][0], dishes[i][0]) for i in range(written))
+    write(tmp_path / "s", [dishes[i] for i in range(written, 500)])         # there is room again
+    assert len(ImageCaptionStore(tmp_path / "s")) == 500 and torch.equal(ImageCaptionStore(tmp_path / "s")[499][0], dishes[499][0])
+
+
+def test_read_only_media_are_read(tmp_path):
+    write(tmp_path / "s", Dishes(5, 32))
+    for _ in write_states(tmp_path / "s", Spelling(), "spelling"):
+        pass
+    (tmp_path / "s" / "lock.mdb").unlink()                                  # as on a disc that was burned without it
+    program = ("import sys; from datasets.lmdb_store import ImageCaptionStore; from datasets.caption_states import StoredStates\n"
+               "store = ImageCaptionStore(sys.argv[1])\n"
+               "print([store[i][1] for i in range(5)], StoredStates(sys.argv[1])([''])[1].tolist())")
+    command = [sys.executable, "-c", program, str(tmp_path / "s")]
+    if os.geteuid() == 0:                                                   # root may write to a folder without permission, so mount it
+        if not shutil.which("unshare"):
+            pytest.skip("root, and no `unshare` to mount a folder read-only with")
+        mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", mount, str(tmp_path / "s"), *command]
+        if subprocess.run([*command[:6], "true"], capture_output=True).returncode:
+            pytest.skip("this system does not let one mount a folder read-only")
+    else:
+        (tmp_path / "s").chmod(0o555)
+    done = subprocess.run(command, capture_output=True, text=True)
+    (tmp_path / "s").chmod(0o755)
+    assert done.returncode == 0 and str([name for _, name in Dishes(5, 32)]) in done.stdout, done.stderr
+    assert not (tmp_path / "s" / "lock.mdb").exists()
