@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 # What Pillow and its like raise for a file that is no picture.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, EOFError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error, EOFError, Image.DecompressionBombError)
 LONGEST = 20                                                                # sides of 20 : 1 are no photograph
 
 
@@ -99,10 +99,11 @@ def finished_dish(folder: Path) -> Path | None:
     It is the one that is called 成品 (finished) or after the dish; else the one that the recipe shows as such, or first; else the only
     one that has no number or step in its name; else the last."""
     pictures = [file for file in folder.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif")]
-    pictures.sort(key=lambda file: [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", file.name)])
+    pictures.sort(key=lambda file: [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", file.name)])
     recipe = "\n".join(file.read_text("utf-8", "replace") for file in sorted(folder.glob("*.md")))
     shown = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", recipe)               # ![words](place)
-    shown = [Path(unquote(place.split()[0])).name for words, place in sorted(shown, key=lambda entry: "成品" not in entry[0])]
+    shown = [Path(unquote(place.split()[0])).name for words, place in sorted(shown, key=lambda entry: "成品" not in entry[0])
+             if place.strip()]
     rules = [lambda file: "成品" in file.stem, lambda file: file.stem == folder.name, lambda file: file.name in shown[:1],
              lambda file: not re.search(r"\d|步骤|step", file.stem)]
     for rule in rules:

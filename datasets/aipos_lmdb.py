@@ -39,10 +39,10 @@ class AiposFoodLmdb(ImageCaptionStore):
 
 def build(photos, store, size: int = 128, bar: bool = True) -> tuple[int, dict[str, str]]:
     """Write a folder of photographs into a store. Returns how many it holds and, for each file that was skipped, why."""
-    rows = [(file.relative_to(photos).as_posix(), name, partial(photograph, file, size)) for file, name in dish_files(photos)]
+    rows = [(file.relative_to(photos).as_posix(), name, file) for file, name in dish_files(photos)]
     if not rows:
         raise FileNotFoundError(f"no picture in {photos}: it should hold a folder for each dish name, with pictures inside")
-    return store_files(store, rows, {"size": size}, bar)
+    return store_files(store, rows, partial(photograph, size=size), {"size": size}, bar)
 
 
 def main(arguments=None):

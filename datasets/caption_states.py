@@ -35,8 +35,8 @@ def write_states(folder, encoder, fingerprint: str, batch: int = 64) -> Iterator
     encoder: captions → states [B, L, D], mask [B, L]. fingerprint: a str that is another for another encoder. What is there already is
     not encoded again. Raises ValueError if it came from an encoder of another fingerprint.
     """
-    wanted = ["", *dict.fromkeys(caption for caption in captions(folder) if caption)]
     known = _about_states(folder)
+    wanted = ["", *dict.fromkeys(caption for caption in captions(folder) if caption)]
     if known is not None and known["fingerprint"] != fingerprint:
         raise ValueError(f"{folder} holds states of the encoder {known['fingerprint']}, and this one is {fingerprint}: "
                          "build the store anew, or take that encoder")

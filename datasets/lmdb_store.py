@@ -1,6 +1,6 @@
 """Pictures and captions in one LMDB file: written once, read at random from any worker.
 
-A record is three things behind each other: the length of a header (4 bytes, little-endian), the header, JSON in UTF-8 such as
+A record is three things, one after another: the length of a header (4 bytes, little-endian), the header, JSON in UTF-8 such as
 {"caption": "番茄炒鸡蛋"} and whatever columns one adds, and the picture: the bytes of an image file (PNG, JPEG ...), or, if the header has
 a "shape", [3, H, W], so many numbers of a byte each. These take a little more room than a PNG and no time to decode. Nothing is ever
 unpickled, so a store from a stranger runs nothing here. Record 42 has the key "000000042"; beside the records stands the key "about":
@@ -19,12 +19,14 @@ all, whenever the process dies. The file needs lmdb, Pillow, numpy, torch and tq
 """
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
 import os
+import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import lmdb
@@ -73,13 +75,21 @@ class ImageCaptionStore(torch.utils.data.Dataset):
 
 def count(folder) -> int:
     """How many records a folder's store holds; 0 where there is none. Raises ValueError for an LMDB that is not a store."""
+    return _count_of(_about(folder), folder)
+
+
+def _about(folder):
+    """What a store says of itself, bytes; None where there is nothing yet, b"" for an LMDB that does not say."""
     file = Path(folder) / "data.mdb"
     if not file.is_file() or file.stat().st_size == 0:                      # empty: a writer was killed as it began
-        return 0
+        return None
     with reading(folder) as transaction:
-        about, empty = transaction.get(ABOUT), transaction.stat()["entries"] == 0
-        about = bytes(about) if about is not None else None
-    if empty:
+        about = transaction.get(ABOUT)
+        return bytes(about) if about is not None else b"" if transaction.stat()["entries"] else None
+
+
+def _count_of(about, folder):
+    if about is None:
         return 0
     try:
         about = json.loads(about)
@@ -95,51 +105,59 @@ def count(folder) -> int:
 
 
 def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[int]:
-    """Write (picture, caption) records behind those that are there; yields the number of records after each, once they are committed.
+    """Write (picture, caption) records after those that are there; yields the number of records after each, once they are committed.
 
     A third part of a record may be a dict of further columns that JSON can hold, for its header. A picture is uint8 [3, H, W], or the
     bytes of an image file; either is stored as it is. Killed at any moment, the store holds whole transactions:
     `count` tells from which record to go on. It grows as it must.
     """
     with writing(folder) as environment:
-        present, records = count(folder), iter(records)
-        with reading(folder) as transaction:
-            about = transaction.get(ABOUT)
-            about = bytes(about) if about is not None else None
+        about, records = _about(folder), iter(records)                      # once: another process may be writing, too
+        present = _count_of(about, folder)
         while packed := [pack(*record) for record in itertools.islice(records, per_transaction)]:
-            before, about = about, _about(present + len(packed))
+            before = about
+            about = json.dumps({"layout": LAYOUT, "version": VERSION, "count": present + len(packed)}).encode()
             commit(environment, [*((key_of(present + i), record) for i, record in enumerate(packed)), (ABOUT, about)], before)
             for _ in packed:
                 present += 1
                 yield present
 
 
-def store_files(folder, rows: Iterable, settings: dict, bar: bool = True, total: int | None = None) -> tuple[int, dict[str, str]]:
+def store_files(folder, rows: Iterable, read: Callable, settings: dict, bar: bool = True, total: int | None = None):
     """Write pictures from files into a store, with a progress bar, or go on with one that was begun.
 
-    rows: (name, caption, picture), each name once, where picture is a function that reads it, → uint8 [H, W, 3], or a str that says why
-    there is none; total: how many, if they cannot be counted. settings: what the pictures depend on; a store that was begun with others is
-    refused (ValueError). Returns the number of records and, for each name that was skipped, why.
+    rows: (name, caption, source), source a Path, an image file's bytes, or a str that says why there is none; total: how many, if they
+    cannot be counted. read: a stream of an image file → uint8 [H, W, 3]. settings: what the pictures depend on; a store that was begun with
+    others is refused (ValueError). A picture is known by its content and caption: whoever calls again, even with new names, adds only what
+    is new. Returns the number of records and, for each name that was skipped, why.
     """
-    done = {header.get("file"): header.get("settings") for header in headers(folder)} if count(folder) else {}
-    if any(found != settings for found in done.values()):
-        raise ValueError(f"{folder} was built with other settings, {next(found for found in done.values() if found != settings)}, not "
-                         f"{settings}: give it another name, or remove it")
-    skipped = {}
+    if count(folder):
+        with writing(folder):                                               # whatever a killed writer has left is seen from here on
+            pass
+    done, skipped = {}, {}
+    for header in headers(folder) if count(folder) else ():
+        if header.get("settings") != settings or "content" not in header:
+            raise ValueError(f"{folder} was built with other settings, {header.get('settings')}, not {settings}: give it another name, or "
+                             "remove it")
+        done[header["content"]] = header["file"]
 
     def records():
-        for name, caption, picture in tqdm(rows, f"into {folder}", total, disable=not bar, unit="picture"):
-            if name in done:
-                continue
-            if isinstance(picture, str):
-                skipped[name] = picture
-                continue
+        for name, caption, source in tqdm(rows, f"into {folder}", total, disable=not bar, unit="picture"):
+            name, problem = name.encode("utf-8", "backslashreplace").decode(), source if isinstance(source, str) else None
             try:
-                pixels = torch.from_numpy(picture()).permute(2, 0, 1)
-            except UNREADABLE as error:
-                skipped[name] = str(error) or type(error).__name__
-                continue
-            yield pixels, caption, {"file": name, "settings": settings}
+                if problem is None:
+                    data = source if isinstance(source, bytes) else source.read_bytes()
+                    content = hashlib.blake2b(caption.encode() + b"\0" + data, digest_size=16).hexdigest()
+                    if content not in done:
+                        yield torch.from_numpy(read(io.BytesIO(data))).permute(2, 0, 1), caption, {
+                            "file": name, "content": content, "settings": settings}
+                        done[content] = name
+                    elif done[content] != name:
+                        problem = f"the same picture and caption as {done[content]}"
+            except UNREADABLE as error:                                     # of a caption that is not UTF-8, too
+                problem = str(error) or type(error).__name__
+            if problem is not None:
+                skipped[name] = problem
 
     for _ in append(folder, records()):
         pass
@@ -148,8 +166,9 @@ def store_files(folder, rows: Iterable, settings: dict, bar: bool = True, total:
 
 def headers(folder) -> Iterator[dict]:
     """The header of each record, in order; pictures are not decoded."""
+    length = count(folder)
     with reading(folder) as transaction:
-        for index in range(count(folder)):
+        for index in range(length):
             record = transaction.get(key_of(index))
             if record is None:
                 raise KeyError(f"record {index} is missing in {folder}")
@@ -198,10 +217,6 @@ def unpack(record) -> tuple[torch.Tensor, dict]:
     return torch.from_numpy(picture).permute(2, 0, 1).contiguous(), header
 
 
-def _about(records: int) -> bytes:
-    return json.dumps({"layout": LAYOUT, "version": VERSION, "count": records}).encode()
-
-
 def key_of(index: int) -> bytes:
     """The key of a record."""
     return b"%09d" % index
@@ -227,7 +242,9 @@ def commit(environment, pairs, about: bytes | None = None) -> None:
         except lmdb.MapFullError:
             environment.set_mapsize(2 * environment.info()["map_size"])
         except lmdb.Error as error:
-            raise OSError(f"{environment.path()} cannot be written to: {error}. The records before these are stored") from error
+            free = shutil.disk_usage(environment.path()).free / 1e6
+            raise OSError(f"{environment.path()} cannot be written to: {error}; {free:.1f} MB are free there. The records before these are "
+                          "stored") from error
 
 
 @contextlib.contextmanager
@@ -263,9 +280,16 @@ def writing(folder):
         raise RuntimeError(f"{folder} is being written to by this process already: finish that first")
     if name in _environments:
         _environments.pop(name).close()
-    _environments[name] = environment = lmdb.open(str(folder), map_size=max(2 ** 26, 2 * file.st_size))
+    try:
+        _environments[name] = environment = lmdb.open(str(folder), map_size=max(2 ** 26, 2 * file.st_size))
+    except lmdb.Error as error:
+        raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
     _writers.add(name)
     try:
+        with environment.begin(write=True) as transaction:                  # A writer that was killed on the last step of a commit leaves
+            about = transaction.get(ABOUT)                                  # readers a transaction behind; the next commit mends that.
+            if about is not None:
+                transaction.put(ABOUT, about)
         yield environment
     finally:
         _writers.discard(name)

@@ -6,12 +6,11 @@ counted. The file needs lmdb, Pillow, numpy, torch, tqdm and, for parquet, pyarr
 
 >>> import tempfile, pathlib
 >>> from PIL import Image
->>> folder = pathlib.Path(tempfile.mkdtemp()) / "cards"
->>> folder.mkdir()
+>>> folder = pathlib.Path(tempfile.mkdtemp())
 >>> Image.new("RGBA", (40, 40), (255, 200, 0, 128)).save(folder / "25.png")
 >>> _ = (folder / "table.csv").write_text("file_name,zh_text\\n25.png,黄色的电老鼠\\n26.png,\\n", encoding="utf-8")
 >>> build(folder / "table.csv", folder / "store", size=32, caption="zh_text", bar=False)
-(1, {'cards/table.csv, row 2: 26.png': 'no caption in column zh_text'})
+(1, {'table.csv, row 2: 26.png': 'no caption in column zh_text'})
 >>> PokemonLmdb(folder / "store")[0][1]
 '黄色的电老鼠'
 """
@@ -28,7 +27,7 @@ from .aipos import photograph
 from .aipos_lmdb import AiposFoodLmdb
 from .lmdb_store import store_files
 
-PokemonLmdb = AiposFoodLmdb                                                 # what is in a store no longer tells where it came from
+PokemonLmdb = AiposFoodLmdb                                                 # a store does not depend on its source
 
 
 def read_table(table) -> tuple[list[str], int, Iterable[dict | str]]:
@@ -46,7 +45,12 @@ def read_table(table) -> tuple[list[str], int, Iterable[dict | str]]:
         return file.schema_arrow.names, file.metadata.num_rows, (row for part in file.iter_batches(64) for row in part.to_pylist())
     text = table.read_text("utf-8-sig", "replace")                          # what is not UTF-8 becomes �
     if table.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
+        reader = csv.DictReader(io.StringIO(text))
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{table}, line {reader.line_num}: {error}") from error
+        return reader.fieldnames or [], len(rows), rows
     elif table.suffix == ".jsonl":
         rows = [json_row(line) for line in text.split("\n") if line.strip()]
     else:
@@ -76,7 +80,7 @@ def build(table, store, size: int = 128, caption: str = "text", image: str | Non
 
     def entries():
         for number, row in enumerate(rows, 1):
-            name = f"{place.parent.name}/{place.name}, row {number}"
+            name = f"{place.name}, row {number}"
             if isinstance(row, str):
                 yield name, "", row
                 continue
@@ -91,11 +95,12 @@ def build(table, store, size: int = 128, caption: str = "text", image: str | Non
                 yield name, "", f"no caption in column {caption}"
             elif "\ufffd" in words:
                 yield name, "", f"the caption in column {caption} is not UTF-8: {words}"
+            elif "\n" in words.strip():
+                yield name, "", "the caption runs over several lines: a quote that was not closed?"
             else:
-                source = io.BytesIO(content) if isinstance(content, bytes) else place.parent / content
-                yield name, words.strip(), partial(photograph, source, size)
+                yield name, words.strip(), content if isinstance(content, bytes) else place.parent / content
 
-    return store_files(store, entries(), {"size": size, "caption": caption, "image": image}, bar, total)
+    return store_files(store, entries(), partial(photograph, size=size), {"size": size, "caption": caption, "image": image}, bar, total)
 
 
 def main(arguments=None):

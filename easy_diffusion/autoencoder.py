@@ -44,22 +44,27 @@ class Posterior(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """Pictures [B, picture_channels, H, W] in [-1, 1] ↔ latents [B, latent_channels, H/f, W/f], f = 2^(levels - 1).
+    """Pictures [B, picture_channels, H, W] in [-1, 1] ↔ latents [B, latent_channels, H/f, W/f], f = patch · 2^(levels - 1).
 
     channels: one number a level, each a multiple of 32, the finest first. blocks: residual blocks a level in the encoder, one more in
-    the decoder. scale: what a latent is multiplied by so that its numbers have a spread of about 1 (Rombach et al. 2022, section D.1).
+    the decoder. patch: squares of so many pixels enter as one place with as many numbers, which spares the costly finest level.
+    scale, shift: (z - shift) · scale has a spread of about 1, as diffusion wants it (Rombach et al. 2022, section D.1, without a shift).
     ValueError for a picture whose sides are no multiples of f.
     """
 
-    def __init__(self, channels=(64, 128, 128), latent_channels: int = 4, picture_channels: int = 3, blocks: int = 2, scale: float = 1.0):
+    def __init__(self, channels=(64, 128, 128), latent_channels: int = 4, picture_channels: int = 3, blocks: int = 2, patch: int = 1,
+                 scale: float = 1.0, shift: float = 0.0):
         super().__init__()
         if any(c % 32 for c in channels):
             raise ValueError(f"channels are multiples of 32, not {tuple(channels)}")
-        self.factor, self.scale = 2 ** (len(channels) - 1), scale
-        self.encoder = Encoder(picture_channels, 2 * latent_channels, channels, blocks)
+        self.settings = dict(channels=tuple(channels), latent_channels=latent_channels, picture_channels=picture_channels, blocks=blocks,
+                             patch=patch)
+        self.factor, self.patch, self.scale, self.shift = patch * 2 ** (len(channels) - 1), patch, scale, shift
+        numbers = picture_channels * patch ** 2                             # of a place
+        self.encoder = Encoder(numbers, 2 * latent_channels, channels, blocks)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = Decoder(latent_channels, picture_channels, channels, blocks + 1)
+        self.decoder = Decoder(latent_channels, numbers, channels, blocks + 1)
 
     @classmethod
     def stable_diffusion(cls) -> "Autoencoder":
@@ -72,21 +77,30 @@ class Autoencoder(nn.Module):
         load(self, path)
         return self
 
+    def forward(self, pictures: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, Posterior]:
+        """Pictures [B, C, H, W] → the same, decoded from z ~ q(z | picture), and q."""
+        posterior = self.encode(pictures)
+        return self.decode(posterior.sample(generator)), posterior
+
     def encode(self, pictures: torch.Tensor) -> Posterior:
         """q(z | picture) of pictures [B, C, H, W]; its numbers are not scaled."""
         if pictures.shape[-2] % self.factor or pictures.shape[-1] % self.factor:
             raise ValueError(f"height and width are multiples of {self.factor} for this autoencoder, not {tuple(pictures.shape[-2:])}")
-        pictures = pictures.to(self.quant_conv.weight.dtype)
-        mean, log_variance = self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
-        return Posterior(mean, log_variance.clamp(-30, 20))
+        pictures = F.pixel_unshuffle(pictures.to(self.quant_conv.weight.dtype), self.patch)
+        h = self.encoder(pictures)
+        with torch.autocast(h.device.type, enabled=False):                  # in half precision a small deviation would be rounded away
+            mean, log_variance = self.quant_conv(h.to(self.quant_conv.weight.dtype)).chunk(2, dim=1)
+        return Posterior(mean, log_variance.clamp(-30, 20))                 # [B, Z, H/f, W/f]
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents [B, Z, h, w], not scaled → pictures [B, C, f·h, f·w]."""
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        with torch.autocast(z.device.type, enabled=False):
+            h = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
+        return F.pixel_shuffle(self.decoder(h), self.patch)
 
 
 class Encoder(nn.Module):
-    """[B, C, H, W] → [B, 2Z, H/f, W/f]."""
+    """[B, C, H, W] → [B, 2Z, H/f, W/f], f = 2^(levels - 1)."""
 
     def __init__(self, in_channels, out_channels, channels, blocks):
         super().__init__()
@@ -111,7 +125,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, Z, h, w] → [B, C, f·h, f·w]; up[0] is the coarsest level, where it begins."""
+    """[B, Z, h, w] → [B, C, f·h, f·w], f = 2^(levels - 1); up[0] is the coarsest level, where it begins."""
 
     def __init__(self, in_channels, out_channels, channels, blocks):
         super().__init__()
@@ -133,7 +147,7 @@ class Decoder(nn.Module):
         for level in self.up:
             for part in level:
                 h = part(h)                                                 # … [B, C, f·h, f·w]
-        return self.conv_out(F.silu(self.norm_out(h)))                      # [B, picture_channels, f·h, f·w]
+        return self.conv_out(F.silu(self.norm_out(h)))                      # [B, C, f·h, f·w]
 
 
 def residual(c_in, c_out):

@@ -126,7 +126,7 @@ def finetune(model, loader, *, steps: int, learning_rate: float = 1e-5, weight_d
         files.load_into(model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["index"]
-    for index, (pictures, captions) in zip(range(first, steps), endless(loader)):
+    for index, (pictures, captions) in zip(range(first, steps), endless(loader, first)):
         model.train()
         loss = contrastive_loss(picture_vectors(model, pictures.to(device)), caption_vectors(model, list(captions)),
                                 model.logit_scale.exp(), list(captions))

@@ -11,8 +11,9 @@ features f of the reader, [N, D]:
     Fréchet:  |mean_a - mean_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½)              as if both were Gaussians (Heusel et al. 2017)
     kernel:   E k(a, a') + E k(b, b') - 2 E k(a, b),   k(x, y) = (x·y / D + 1)³  no such assumption (Bińkowski et al. 2018)
 
-The first is biased, and the more so the fewer pictures; the second is not, and comes with its standard error. The file needs
-nothing but torch.
+The first is biased, and the more so the fewer pictures; the second is not, and comes with its standard error. Of pictures that
+an autoencoder gives back, `psnr` and `ssim` say how near they are to what they were, and `sharpness`, whether they are as sharp. The file
+needs nothing but torch.
 
 >>> reader = Reader(ingredients=["番茄", "鸡蛋"], ways=["炒", "汤"])
 >>> names = reader.read(torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
@@ -162,6 +163,39 @@ def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     zeta2 = h.square().sum() / (n * (n - 1)) - distance ** 2
     zeta1 = (means.var() - zeta2 / n).clamp(min=0)                          # the means' own noise taken off
     return float(distance), float((4 * zeta1 / n + 2 * zeta2 / n ** 2).sqrt())
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal to noise of pictures uint8 [B, C, H, W], in decibel, [B]: 10 log10(255² / mean (a - b)²); infinite for equal ones."""
+    return 10 * torch.log10(255 ** 2 / (a.float() - b.float()).square().flatten(1).mean(dim=1))
+
+
+def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of pictures uint8 [B, C, H, W], [B], at most 1:
+
+    (2 μ_a μ_b + c) (2 σ_ab + d) / ((μ_a² + μ_b² + c) (σ_a² + σ_b² + d)) with c = (0.01 · 255)², d = (0.03 · 255)², in a Gaussian window of
+    11×11, σ = 1.5, and its mean over windows and colours (Wang et al. 2004, equation 13)."""
+    channels = a.shape[1]
+    line = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5 ** 2))
+    window = (line / line.sum())[:, None] * (line / line.sum())             # [11, 11]
+    a, b = (x.double().flatten(0, 1)[:, None] for x in (a, b))              # [B·C, 1, H, W]; small differences of large squares follow
+
+    def mean(x):
+        return F.conv2d(x, window.to(x)[None, None])                        # [B·C, 1, H - 10, W - 10]
+
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b, covariance = mean(a * a) - mean_a ** 2, mean(b * b) - mean_b ** 2, mean(a * b) - mean_a * mean_b
+    c, d = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similar = (2 * mean_a * mean_b + c) * (2 * covariance + d) / ((mean_a ** 2 + mean_b ** 2 + c) * (var_a + var_b + d))
+    return similar.flatten(1).mean(dim=1).view(-1, channels).mean(dim=1)
+
+
+def sharpness(pictures: torch.Tensor) -> torch.Tensor:
+    """How much pictures uint8 [B, C, H, W] change from pixel to pixel, [B]: the deviation of their Laplacian (Pech-Pacheco et al. 2000), in
+    grey levels. Blur lowers it; of a picture that came back it is to be what it was."""
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=pictures.device)
+    edges = F.conv2d(pictures.float().flatten(0, 1)[:, None], kernel[None, None])
+    return edges.unflatten(0, pictures.shape[:2]).flatten(1).std(dim=1)
 
 
 def _same_dimension(a, b):

@@ -112,10 +112,12 @@ def kind_of(module) -> str:
 
 
 def tensor_names(module) -> dict[str, tuple[str, str]]:
-    """Our name of each tensor → (diffusers', the original's without its prefix). ValueError for a UNet that cannot be told in those."""
+    """Our name of each tensor → (diffusers', the original's without its prefix). ValueError for a network that cannot be told in those."""
     if kind_of(module) == "UNet" and (module.patch != 1 or module.pool is not None or module.context_dim is None):
         raise ValueError("Stable Diffusion's layout has patch = 1, pooled = False and a context_dim; this UNet has "
                          f"patch = {module.patch}, pooled = {module.pool is not None} and context_dim = {module.context_dim}")
+    if kind_of(module) == "Autoencoder" and module.patch != 1:
+        raise ValueError(f"Stable Diffusion's layout has patch = 1; this Autoencoder has patch = {module.patch}")
     table = {ours: theirs for ours, *theirs in (unet_names if kind_of(module) == "UNet" else autoencoder_names)(module)}
     names = {}
     for name in module.state_dict():
@@ -265,6 +267,7 @@ def config(module) -> dict:
         return {"_class_name": "AutoencoderKL", "in_channels": module.encoder.conv_in.in_channels,
                 "out_channels": module.decoder.conv_out.out_channels, "latent_channels": module.post_quant_conv.in_channels,
                 "block_out_channels": channels, "layers_per_block": len(module.encoder.down[-1]), "scaling_factor": module.scale,
+                "shift_factor": module.shift or None,
                 "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     kinds = ["CrossAttn" if attends else "" for attends in module.attention]
     return {"_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": module.conv_in.in_channels,

@@ -101,7 +101,8 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     """Train until `steps` steps or `minutes` minutes are over, whichever is first; yields every step. What the caller does
     between two steps does not count as training time.
 
-    loader gives (pictures uint8 [B, C, H, W], captions list[str]), again and again. encoder, if given, is trained with the
+    loader gives (pictures uint8 [B, C, H, W] or latents float [B, Z, h, w], captions list[str]), again and again; one by `batches` goes on
+    after a break where it was. encoder, if given, is trained with the
     network. muon_learning_rate: if given, Muon trains the matrices, AdamW only the rest. decay: the share of the run over
     which their rates fall to zero. timesteps: (batch, T, generator) → [batch], int64, or float in [0, 1] where time is
     continuous; one with a method `reweighted` weighs the losses, too. checkpoint: a path,
@@ -151,10 +152,12 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
 
     start, seconds, saved_at, first = time.perf_counter(), before, before, index
     smooth = statistics.fmean(losses[-100:]) if losses else None
-    seen, batches, quartiles = 0, endless(loader), (math.nan,) * 4
+    seen, batches, quartiles = 0, endless(loader, index), (math.nan,) * 4
     while progress() < 1:
         pictures, captions = next(batches)
-        x0 = pictures.to(accelerator.device, non_blocking=True).float() / 127.5 - 1            # [B, C, H, W] in [-1, 1]
+        x0 = pictures.to(accelerator.device, non_blocking=True).float()     # [B, C, H, W]
+        if pictures.dtype == torch.uint8:                                   # latents are floats already
+            x0 = x0 / 127.5 - 1
         t = timesteps(len(x0), len(diffusion), generator)                   # [B]
         context = mask = None
         models.train()
@@ -182,13 +185,14 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         quartiles = by_quartile(quartiles, each.detach(), t, len(diffusion))
         smooth = losses[-1] if smooth is None else 0.98 * smooth + 0.02 * losses[-1]
         index, seen, seconds = index + 1, seen + len(x0), before + time.perf_counter() - start
+        taken = phase
         if phase == "adamw" and index % 100 == 0 and stopped_falling(losses, window):
             phase = "sgd"
         if seconds - saved_at > save_seconds:
             save()
             saved_at = seconds
         paused = time.perf_counter()
-        yield TrainingStep(index - 1, losses[-1], smooth, rate, phase,
+        yield TrainingStep(index - 1, losses[-1], smooth, rate, taken,
                            seen / max(seconds - before, 1e-9), seconds, min(progress(), 1.0), average["network"],
                            average["encoder"] if "encoder" in average else None, quartiles)
         start += time.perf_counter() - paused                               # the caller's time is not training time

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -106,16 +107,21 @@ def test_the_store_holds_what_the_folder_gives(tmp_path):
         aipos_lmdb.build(tmp_path / "food", tmp_path / "store", size=64, bar=False)
 
 
-def build_slowly(photos, store):
-    """In a process of its own: small transactions, and slow enough to be killed in the middle on any machine."""
+def build_and_count(photos, store, opened):
+    """In a process of its own: small transactions; it says how many photographs it has opened."""
     at_once, open_photograph = lmdb_store.append, aipos_lmdb.photograph
+
+    def counted(*arguments, **options):
+        opened.value += 1
+        return open_photograph(*arguments, **options)
+
     lmdb_store.append = lambda folder, records: at_once(folder, records, per_transaction=8)
-    aipos_lmdb.photograph = lambda *arguments: (time.sleep(0.003), open_photograph(*arguments))[1]
+    aipos_lmdb.photograph = counted
     aipos_lmdb.build(photos, store, 32, bar=False)
 
 
 def test_killed_at_20_random_moments_it_is_the_store_that_is_built_in_one_go(tmp_path):
-    folder, random = tmp_path / "food" / "番茄汤", np.random.default_rng(0)
+    folder, random, fork = tmp_path / "food" / "番茄汤", np.random.default_rng(0), multiprocessing.get_context("fork")
     folder.mkdir(parents=True)
     for i in range(400):
         (folder / f"{i:04d}.jpg").write_bytes(encoded(picture(i)))
@@ -123,11 +129,16 @@ def test_killed_at_20_random_moments_it_is_the_store_that_is_built_in_one_go(tmp
     aipos_lmdb.build(tmp_path / "food", tmp_path / "whole", size=32, bar=False)
     moments = []
     for _ in range(20):
-        process = multiprocessing.get_context("fork").Process(target=build_slowly, args=(tmp_path / "food", tmp_path / "store"))
+        opened = fork.Value("i", 0)
+        process = fork.Process(target=build_and_count, args=(tmp_path / "food", tmp_path / "store", opened))
         process.start()
-        time.sleep(float(random.uniform(0.0, 0.25)))
+        until = int(random.integers(1, 40))
+        while opened.value < until and process.is_alive():
+            time.sleep(0.0005)
+        time.sleep(float(random.uniform(0.0, 0.01)))
         process.kill()
         process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
         moments.append(count(tmp_path / "store"))
     assert moments == sorted(moments) and len({moment for moment in moments if 0 < moment < 399}) >= 3, moments
     total, skipped = aipos_lmdb.build(tmp_path / "food", tmp_path / "store", size=32, bar=False)
@@ -152,9 +163,10 @@ def test_the_finished_dish_is_chosen_among_the_steps(tmp_path):
     assert dish("红烧肉", ["1.jpg", "2.jpg", "3.jpg"], "![切肉](./1.jpg)\n![红烧肉成品](./2.jpg)") == "2.jpg"
     assert dish("炒面", ["1.jpg", "2.jpg"], "![样子](2.jpg) ![和面](1.jpg)") == "2.jpg"
     assert dish("米饭", ["1.jpg", "rice.jpg", "step.jpg"]) == "rice.jpg"
-    assert dish("馒头", ["1.jpg", "9.jpg", "10.jpg"]) == "10.jpg"
+    assert dish("馒头", ["1.jpg", "9.jpg", "10.jpg"], "![成品]( )") == "10.jpg"
+    assert dish("馄饨", ["①1.jpg", "②2.jpg"]) == "②2.jpg"
     food = AiposFood(tmp_path, 16)
-    assert sorted(food.captions) == sorted(["番茄汤", "土豆丝", "红烧肉", "炒面", "米饭", "馒头"]) and len(food) == 6
+    assert sorted(food.captions) == sorted(["番茄汤", "土豆丝", "红烧肉", "炒面", "米饭", "馒头", "馄饨"]) and len(food) == 7
 
 
 def test_a_split_follows_the_files_content_not_their_order(tmp_path):
@@ -221,12 +233,13 @@ def test_tables_of_pictures_and_captions(form, tmp_path):
 
 
 def bad_rows(count):
-    """(what is wrong, line of a .csv with the columns file_name, text; line of a .jsonl), `count` of them, of six kinds."""
+    """(what is wrong, line of a .csv with the columns file_name, text; line of a .jsonl), `count` of them, of seven kinds."""
     kinds = [lambda i: ("No such file", f"nowhere{i}.png,第{i}只".encode(), {"file_name": f"nowhere{i}.png", "text": f"第{i}只"}),
              lambda i: ("no caption", b"good.png,  ", {"file_name": "good.png", "text": " "}),
              lambda i: ("no caption", b"good.png", {"file_name": "good.png"}),
              lambda i: ("no picture", f",第{i}只".encode(), {"file_name": None, "text": f"第{i}只"}),
              lambda i: ("not UTF-8", f"good.png,第{i}只".encode("gbk"), f'{{"file_name": "good.png", "text": "第{i}只"}}'.encode("gbk")),
+             lambda i: ("several lines", f'good.png,"第{i}\n只"'.encode(), {"file_name": "good.png", "text": f"第{i}\n只"}),
              lambda i: ("cannot identify", f"bad.png,第{i}只".encode(), {"file_name": "bad.png", "text": f"第{i}只"})]
     for i in range(count):
         says, csv_line, row = kinds[i % len(kinds)](i)
@@ -255,11 +268,13 @@ def test_of_300_damaged_rows_each_is_skipped_with_its_reason_and_the_good_ones_a
 
 def test_tables_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "other.csv").write_bytes("文件,说明\n1.png,汤\n".encode("gbk"))
+    (tmp_path / "quote.csv").write_bytes(b'file_name,text\n1.png,"never closed\n' + b"x" * 200_000)
     (tmp_path / "table.xlsx").write_bytes(b"PK")
     (tmp_path / "noise.parquet").write_bytes(os.urandom(500))
     (tmp_path / "empty.jsonl").write_bytes(b"")
     for name, kind, says in (("other.csv", ValueError, "other.csv has no column text; it has .*\ufffd"),
                              ("empty.jsonl", ValueError, "it has none"), ("noise.parquet", ValueError, "noise.parquet is damaged"),
+                             ("quote.csv", ValueError, "quote.csv, line .: field larger"),
                              ("table.xlsx", ValueError, "not table.xlsx"), ("none.csv", FileNotFoundError, "no table")):
         with pytest.raises(kind, match=says):
             pokemon_lmdb.build(tmp_path / name, tmp_path / "store", bar=False)
@@ -271,8 +286,33 @@ def test_two_captions_of_a_picture_and_two_tables_all_arrive(tmp_path):
         (tmp_path / f"{name}.csv").write_text(f"file_name,text\n1.png,{name} 甲\n1.png,{name} 乙\n", encoding="utf-8")
         for _ in range(2):                                                  # the second time there is nothing left to do
             total, skipped = pokemon_lmdb.build(tmp_path / f"{name}.csv", tmp_path / "store", size=8, bar=False)
-    assert total == 4 and not skipped
+            assert not skipped
+    assert total == 4
     assert [header["caption"] for header in headers(tmp_path / "store")] == ["one 甲", "one 乙", "two 甲", "two 乙"]
+
+
+def test_a_picture_is_known_by_its_content_not_by_its_name(tmp_path):
+    for folder, seed in (("a", 0), ("b", 1)):                               # two tables of one name, with files of one name
+        (tmp_path / folder).mkdir()
+        picture(seed).save(tmp_path / folder / "1.png")
+        rows = [{"file_name": "1.png", "text": "汤"}, {"file_name": "1.png", "text": "汤"}]
+        total, skipped = pokemon_lmdb.build(table(tmp_path / folder, "csv", rows), tmp_path / "store", size=8, bar=False)
+        assert list(skipped.values()) == ["the same picture and caption as table.csv, row 1: 1.png"]
+    assert total == 2
+    picture(2).save(tmp_path / "b" / "2.png")                               # a row is inserted above
+    rows = [{"file_name": "2.png", "text": "面"}, {"file_name": "1.png", "text": "汤"}]
+    assert pokemon_lmdb.build(table(tmp_path / "b", "csv", rows), tmp_path / "store", size=8, bar=False)[0] == 3
+
+
+def test_names_that_are_not_utf_8_are_skipped_and_the_rest_arrives(tmp_path):
+    (tmp_path / "food" / "汤").mkdir(parents=True)
+    picture(0).save(tmp_path / "food" / "汤" / "1.jpg")
+    odd = os.fsencode(tmp_path / "food") + b"/" + "汤".encode("gbk")        # as a foreign archive unpacks it
+    os.mkdir(odd)
+    shutil.copy(tmp_path / "food" / "汤" / "1.jpg", os.fsdecode(odd + b"/2.jpg"))
+    total, skipped = aipos_lmdb.build(tmp_path / "food", tmp_path / "store", size=8, bar=False)
+    assert total == 1 and len(skipped) == 1 and "surrogates not allowed" in "".join(skipped.values())
+    print(*skipped)                                                         # which a terminal can show
 
 
 def test_a_store_goes_on_from_whichever_folder_one_calls_it(tmp_path, monkeypatch):
@@ -283,11 +323,15 @@ def test_a_store_goes_on_from_whichever_folder_one_calls_it(tmp_path, monkeypatc
     assert aipos_lmdb.build("food", "store", size=8, bar=False)[0] == 1
 
 
-def test_broken_notes_of_a_camera_do_not_cost_the_picture(tmp_path):
+def test_broken_notes_of_a_camera_do_not_cost_the_picture(tmp_path, monkeypatch):
+    def broken(image):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", broken)
     (tmp_path / "汤").mkdir()
-    content = encoded(picture(0), exif=b"Exif\0\0" + b"II*\0\x08\0\0\0\x05\0\x12\x01" + bytes(range(40)))
-    (tmp_path / "汤" / "1.jpg").write_bytes(content)
-    assert len(AiposFood(tmp_path, 16)) == 1
+    pixels = np.full((20, 20, 3), 90, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "汤" / "1.png")
+    food = AiposFood(tmp_path, 16)
+    assert len(food) == 1 and (food[0][0] == 90).all()
 
 
 def test_transparent_pictures_stand_on_white(tmp_path):

@@ -38,6 +38,17 @@ def test_every_weight_learns():
     assert silent == []
 
 
+def test_a_patch_of_pixels_enters_as_one_place():
+    torch.manual_seed(0)
+    autoencoder, x = Autoencoder((32, 32), blocks=1, patch=4), torch.randn(2, 3, 16, 32)
+    assert autoencoder.factor == 8 and autoencoder.encoder.conv_in.in_channels == 48
+    back, posterior = autoencoder(x, torch.Generator().manual_seed(0))
+    assert posterior.mean.shape == (2, 4, 2, 4) and back.shape == x.shape
+    assert torch.equal(back, autoencoder.decode(posterior.sample(torch.Generator().manual_seed(0))))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        autoencoder.encode(x[..., :12])
+
+
 @pytest.mark.parametrize("call, says", [
     (lambda: Autoencoder((48,)), "multiples of 32"),
     (lambda: Autoencoder((32, 32)).encode(torch.zeros(1, 3, 15, 16)), "multiples of 2"),

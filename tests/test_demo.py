@@ -20,7 +20,7 @@ SMALL = ["--minutes", "0.15", "--dishes", "600", "--size", "32", "--steps", "2",
 
 
 def start(out, *more):
-    return subprocess.Popen([sys.executable, "-u", "-m", "easy_diffusion.demo", *more, "--out", str(out), *SMALL], cwd=ROOT,
+    return subprocess.Popen([sys.executable, "-u", "-m", "easy_diffusion.demo", *SMALL, *more, "--out", str(out)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -75,6 +75,25 @@ def test_a_second_run_finds_the_checkpoint_and_another_dish_and_move_is_made(fin
         assert gif.size == (64, 64) and gif.info["loop"] == 0 and gif.n_frames > 1
 
 
+def test_the_same_in_the_space_of_an_autoencoder(tmp_path):
+    """The autoencoder is trained, the dishes are encoded, and the network learns, draws and repaints latents; killed in between."""
+    out, arguments = tmp_path / "out", ("番茄炒鸡蛋", "--latent", "--dishes", "96", "--minutes", "0.1")
+    run = start(out, *arguments)
+    while not (out / "autoencoder_32.training.safetensors").exists():
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    run = start(out, *arguments)
+    log = run.communicate(timeout=200)[0]
+    assert run.returncode == 0 and "latents [4, 4, 4]" in log, log
+    assert {path.name for path in out.iterdir()} == {
+        "dishes_32", "latents_32", "autoencoder_32.safetensors", "autoencoder_32.training.safetensors", "autoencoder_32.png",
+        "model_32_latent.safetensors", "held_out_32_latent.png", "loss_32_latent.png", "番茄炒鸡蛋.png", "番茄炒鸡蛋_zoom-out.gif"}
+    with Image.open(out / "番茄炒鸡蛋_zoom-out.gif") as gif:
+        assert gif.size == (64, 64) and gif.n_frames > 1
+
+
 def test_help_is_complete_and_wrong_options_are_named(capsys):
     def call(*arguments):
         with pytest.raises(SystemExit) as stop:
@@ -82,10 +101,10 @@ def test_help_is_complete_and_wrong_options_are_named(capsys):
         assert stop.value.code == (0 if arguments == ("--help",) else 2)
         return capsys.readouterr()
     text = call("--help").out
-    for option in ("--move", "--out", "--minutes", "--dishes", "--size", "--steps", "--guidance", "--repaints",
+    for option in ("--move", "--out", "--minutes", "--dishes", "--size", "--latent", "--steps", "--guidance", "--repaints",
                    "--seconds", "--fps", "--show", "--seed"):
         assert option in text
-    assert " ".join(text.split()).count("(default: ") == 13
+    assert " ".join(text.split()).count("(default: ") == 14
     for wrong in (("--size", "60"), ("--move", "sideways"), ("--minutes", "0"), ("--fps", "0"), ("--repaints", "0"),
                   ("--steps", "1001"), ("a/b",)):
         assert wrong[-1] in call(*wrong).err

@@ -4,7 +4,18 @@ import torch
 
 from datasets.dish_shapes import INGREDIENTS
 from datasets.dishes import WAYS, Dishes, attributes
-from easy_diffusion.metrics import Reader, blurred, frechet_distance, kernel_distance, reader_features, share, train_reader
+from easy_diffusion.metrics import (
+    Reader,
+    blurred,
+    frechet_distance,
+    kernel_distance,
+    psnr,
+    reader_features,
+    share,
+    sharpness,
+    ssim,
+    train_reader,
+)
 
 
 def test_fully_right_means_all_ingredients_no_others_and_the_way():
@@ -92,3 +103,32 @@ def test_features_come_from_the_reader_and_wrong_ones_are_refused():
         kernel_distance(features, features[:6])
     with pytest.raises(ValueError, match=r"not \(7, 128\) and \(7, 64\)"):
         frechet_distance(features, features[:, :64])
+
+
+def test_psnr_and_ssim_equal_their_definitions():
+    """Window by window, in float64."""
+    generator = np.random.default_rng(0)
+    a = generator.integers(0, 256, (2, 3, 16, 14)).astype(np.uint8)
+    b = np.clip(a + generator.normal(0, 20, a.shape), 0, 255).astype(np.uint8)
+    weight = np.exp(-np.arange(-5, 6.0) ** 2 / 4.5)
+    weight = np.outer(weight, weight) / weight.sum() ** 2
+    x, y, similar = a.astype(float), b.astype(float), np.zeros((2, 3, 6, 4))
+    for i, k, row, column in np.ndindex(*similar.shape):
+        p, q = (picture[i, k, row:row + 11, column:column + 11] for picture in (x, y))
+        p_mean, q_mean = (weight * p).sum(), (weight * q).sum()
+        p_var, q_var = (weight * (p - p_mean) ** 2).sum(), (weight * (q - q_mean) ** 2).sum()
+        both = (weight * (p - p_mean) * (q - q_mean)).sum()
+        similar[i, k, row, column] = (2 * p_mean * q_mean + 6.5025) * (2 * both + 58.5225) / (
+            (p_mean ** 2 + q_mean ** 2 + 6.5025) * (p_var + q_var + 58.5225))
+    a, b = torch.from_numpy(a), torch.from_numpy(b)
+    torch.testing.assert_close(ssim(a, b).double(), torch.from_numpy(similar.mean(axis=(1, 2, 3))), rtol=0, atol=1e-4)
+    expected = 10 * np.log10(255 ** 2 / ((x - y) ** 2).mean(axis=(1, 2, 3)))
+    torch.testing.assert_close(psnr(a, b).double(), torch.from_numpy(expected), rtol=1e-5, atol=0)
+    assert (ssim(a, a) == 1).all() and psnr(a, a).isinf().all()
+
+
+def test_blur_costs_sharpness_and_brightness_does_not():
+    picture = Dishes(1, 64)[0][0][None]
+    soft = torch.nn.functional.avg_pool2d(picture.float(), 3, stride=1, padding=1).byte()
+    assert sharpness(soft) < 0.6 * sharpness(picture)
+    torch.testing.assert_close(sharpness(picture // 2 + 20), sharpness(picture) / 2, rtol=0.02, atol=0)

@@ -1,0 +1,139 @@
+"""Diffusion inside the autoencoder's space: the way in, the way out, and repainting there.
+
+    z = (mean + deviation ε - shift) · scale                  of a picture, with ε ~ N(0, I): what the network is trained on
+    picture = decode(z / scale + shift)                       of what a sampler has made
+
+Nothing else changes: schedules, samplers and guidance do not ask what the numbers are. There are two ways to train on latents. Encode each
+picture once and keep them (`encoder_of` for datasets/latents_lmdb.py): then the autoencoder is needed again for the samples alone. Or let
+the loader encode (`EncodedBatch` as `collate` of batches.py): nothing is stored, and each epoch costs the encoder's time again, on the
+device or in workers. The file needs torch, numpy and safetensors and, beside it, autoencoder.py, blocks.py, checkpoint.py, samplers.py and
+inpaint.py; its example also schedule.py.
+
+>>> from .schedule import NoiseSchedule
+>>> autoencoder = Autoencoder((32, 32), blocks=1, scale=2.0)
+>>> pictures = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+>>> latents, names = EncodedBatch(autoencoder)([(picture, "番茄汤") for picture in pictures])
+>>> tuple(latents.shape), names, tuple(decoded(autoencoder, latents).shape)
+((2, 4, 8, 8), ['番茄汤', '番茄汤'], (2, 16, 16, 3))
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from . import checkpoint as files
+from .autoencoder import Autoencoder
+from .inpaint import repaint
+from .samplers import to_pictures
+
+
+def save_autoencoder(path, autoencoder: Autoencoder) -> None:
+    """Weights, sizes, scale and shift in one file."""
+    sizes = autoencoder.settings | {"channels": list(autoencoder.settings["channels"])}
+    files.save(path, {"autoencoder": sizes, "scale": autoencoder.scale, "shift": autoencoder.shift, "weights": autoencoder.state_dict()})
+
+
+def load_autoencoder(path) -> Autoencoder:
+    """What `save_autoencoder` wrote, in eval mode. Raises FileNotFoundError, or ValueError for a file of something else."""
+    saved = files.load(path)
+    if not isinstance(saved, dict) or "autoencoder" not in saved:
+        raise ValueError(f"{path} is a checkpoint, but not one of an autoencoder")
+    autoencoder = Autoencoder(**saved["autoencoder"], scale=saved["scale"], shift=saved["shift"])
+    files.load_into(autoencoder, saved["weights"])
+    return autoencoder.eval()
+
+
+def fingerprint(autoencoder: Autoencoder) -> str:
+    """Sixteen characters that change when a weight, the scale or the shift does."""
+    digest = hashlib.blake2b(f"{autoencoder.settings} {autoencoder.scale!r} {autoencoder.shift!r}".encode(), digest_size=8)
+    for tensor in autoencoder.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encoder_of(autoencoder: Autoencoder) -> Callable:
+    """A function: pictures uint8 [B, 3, H, W] → mean and deviation of z, float32 [B, Z, h, w] each, scaled and shifted."""
+    @torch.no_grad()
+    def encode(pictures):
+        device = next(autoencoder.parameters()).device
+        mean, log_variance = autoencoder.eval().encode(pictures.to(device).float() / 127.5 - 1)
+        return (mean.float() - autoencoder.shift) * autoencoder.scale, torch.exp(log_variance.float() / 2) * autoencoder.scale
+
+    return encode
+
+
+@torch.no_grad()
+def decoded(autoencoder: Autoencoder, z: torch.Tensor) -> np.ndarray:
+    """Latents [B, Z, h, w] → pictures uint8 [B, H, W, 3]."""
+    z = z.to(next(autoencoder.parameters()).device)
+    return to_pictures(autoencoder.eval().decode(z / autoencoder.scale + autoencoder.shift).float())
+
+
+class EncodedBatch:
+    """A collate function: [(picture uint8 [3, H, W], caption)] → (z float32 [B, Z, h, w] on the CPU, captions).
+
+    device: where the autoencoder works. In workers it is theirs alone; on a GPU they must be spawned, which `batches` does.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, device="cpu"):
+        self.autoencoder, self.device, self.encode = autoencoder, device, None
+
+    def __getstate__(self):                                                 # to a spawned worker the weights go as bytes
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.autoencoder.state_dict().items()}
+        sizes = self.autoencoder.settings | {"scale": self.autoencoder.scale, "shift": self.autoencoder.shift}
+        return sizes, safetensors.torch.save(weights), self.device
+
+    def __setstate__(self, state):
+        sizes, weights, device = state
+        self.__init__(Autoencoder(**sizes), device)
+        self.autoencoder.load_state_dict(safetensors.torch.load(weights))
+
+    def __call__(self, items):
+        if self.encode is None:
+            self.encode = encoder_of(self.autoencoder.to(self.device))
+        pictures, captions = zip(*items)
+        mean, deviation = self.encode(torch.stack(pictures))
+        return (mean + deviation * torch.randn_like(mean)).cpu(), list(captions)
+
+
+def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
+    """A mask bool [B, 1, H, W] for latents, [B, 1, H/f, W/f]: True where any of the f×f pixels is to be repainted."""
+    return F.max_pool2d(mask.float(), factor) > 0
+
+
+def latent_painter(denoise, schedule, autoencoder: Autoencoder, steps: int = 25, jump: int = 5, resamples: int = 4, generator=None,
+                   watch: Callable = iter) -> Callable:
+    """A function (picture uint8 [H, W, 3], mask bool [H, W]) → picture that repaints the mask in the autoencoder's space; the rest stays to
+    the byte. denoise: of latents; the other arguments as for inpaint.painter.
+
+    Before it is encoded, what is to be repainted is filled from its known neighbours; else its colour would leak into latents beside it.
+    """
+    encode, device = encoder_of(autoencoder), next(autoencoder.parameters()).device
+
+    def paint(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        known = torch.from_numpy(filled(picture, mask)).permute(2, 0, 1)[None]                              # [1, 3, H, W]
+        where = latent_mask(torch.from_numpy(mask)[None, None], autoencoder.factor).to(device)              # [1, 1, h, w]
+        *_, last = watch(repaint(denoise, schedule, encode(known)[0], where, steps, jump, resamples, generator))
+        return np.where(mask[..., None], decoded(autoencoder, last.x)[0], picture)
+
+    return paint
+
+
+def filled(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A picture [H, W, C] whose masked pixels have grown in from their known neighbours, ring by ring."""
+    picture, unknown = picture.astype(np.float32), mask.copy()
+    if unknown.all():
+        return np.full_like(picture, 127).astype(np.uint8)
+    while unknown.any():
+        known = np.pad((~unknown).astype(np.float32), 1)                    # [H + 2, W + 2]
+        colours = np.pad(picture * (~unknown)[..., None], ((1, 1), (1, 1), (0, 0)))
+        shifts = [(slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])) for y in range(3) for x in range(3)]
+        count, total = sum(known[s] for s in shifts), sum(colours[s] for s in shifts)
+        grown = unknown & (count > 0)
+        picture[grown] = total[grown] / count[grown][:, None]
+        unknown &= ~grown
+    return picture.round().astype(np.uint8)

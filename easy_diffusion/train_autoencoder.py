@@ -1,0 +1,188 @@
+"""The autoencoder's training, as a generator: it yields every step, and the caller draws, measures or stops.
+
+Each step takes a batch, encodes it, draws z ~ q(z | x) and decodes it; the terms of autoencoder_loss.py say how far the picture is from
+what it was. From a given share of the run on, a patch discriminator learns beside it, with an optimizer of its own, what is still wrong,
+and the autoencoder learns from its opinion (Rombach et al. 2022, section 3.1; Esser et al. 2021). There is no codebook: a KL of tiny weight
+keeps the latents near N(0, I), and `measure_latents` finds what scale and shift are left, for diffusion.
+
+A broken run goes on where it was: weights, both optimizers, the average, the generator, and, with a loader of `batches`, the place within
+the epoch. On a CPU the weights are then those of an unbroken run, to the bit. The file needs torch, accelerate and, beside it, batches.py,
+checkpoint.py, muon.py, train.py and autoencoder_loss.py; its example also autoencoder.py and blocks.py.
+
+>>> from .autoencoder import Autoencoder
+>>> pictures = [(torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8), ["红", "绿", "蓝", "白"])]
+>>> for step in train_autoencoder(Autoencoder((32, 32), blocks=1), pictures, steps=2): pass
+>>> sorted(step.terms)
+['kl', 'reconstruction', 'structure']
+>>> scale, shift = measure_latents(step.autoencoder, pictures)
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from . import checkpoint as files
+from .autoencoder_loss import PatchDiscriminator, adaptive_weight, discriminator_loss, structure_loss
+from .batches import endless
+from .muon import Muon
+from .train import fast_precision
+
+
+class AutoencoderStep(NamedTuple):
+    """One step: its number, its loss and the loss's terms, each a mean over the batch before its weight; autoencoder is the average.
+
+    terms: "reconstruction", "structure", "kl" (nats for each number of the picture) and, where they are in use, "perceptual",
+    "adversarial", "discriminator" and "lambda", the weight that makes the adversarial term pull as strongly as all others."""
+
+    index: int
+    loss: float
+    terms: dict[str, float]
+    pictures_per_second: float
+    seconds: float
+    progress: float
+    autoencoder: torch.nn.Module
+
+
+def train_autoencoder(autoencoder, loader, *, steps: int = 100_000, minutes: float | None = None, learning_rate: float = 1e-3,
+                      muon_learning_rate: float | None = None, warmup: int = 100, decay: float = 0.4, weight_decay: float = 0.01,
+                      ema: float = 0.999, clip: float = 1.0, structure: float = 1.0, kl: float = 1e-4,
+                      perceptual: Callable | None = None, perceptual_weight: float = 1.0, discriminator: PatchDiscriminator | None = None,
+                      discriminator_from: float = 0.5, discriminator_learning_rate: float = 2e-4, adversarial: float = 0.5, seed: int = 0,
+                      checkpoint=None, save_seconds: float = 30, accelerator: Accelerator | None = None) -> Iterator[AutoencoderStep]:
+    """Train until `steps` steps or `minutes` minutes are over, whichever is first; yields every step. What the caller does between two
+    steps does not count as training time.
+
+    loader gives (pictures uint8 [B, C, H, W], captions), again and again. structure, kl, perceptual_weight, adversarial: the weights of
+    the terms; KL is counted for each number of the picture. perceptual: (x, y) → [B], such as LPIPS. discriminator: joins after the share
+    discriminator_from of the run. muon_learning_rate: if given, Muon trains the autoencoder's matrices. checkpoint: a path, written every
+    save_seconds seconds and at the end; if it is there, the run goes on from it. Raises ValueError if that file is of another network, or
+    of a run with another number of optimizers, for an empty loader, for no time or no steps; FloatingPointError for a loss that is not
+    finite. It trains in one process, in full precision or bfloat16. A run that is finished yields nothing; what came out of it stands in
+    the checkpoint, under "models", "average".
+    """
+    if steps < 1 or (minutes is not None and minutes <= 0):
+        raise ValueError(f"a training takes at least a step and some time, not steps={steps}, minutes={minutes}")
+    accelerator = accelerator or Accelerator(mixed_precision=None if AcceleratorState._shared_state else fast_precision())
+    if accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16":
+        raise ValueError(f"one process, and mixed precision bf16 or no; not {accelerator.num_processes} and {accelerator.mixed_precision}")
+    device, average = accelerator.device, copy.deepcopy(autoencoder).requires_grad_(False).eval().to(accelerator.device)
+    weights, last = list(autoencoder.parameters()), autoencoder.decoder.conv_out.weight
+    matrices = [weight for weight in weights if weight.ndim > 1] if muon_learning_rate else []
+    others = [weight for weight in weights if weight.ndim < 2] if muon_learning_rate else weights
+    optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)]
+    optimizers += [Muon(matrices, muon_learning_rate, weight_decay=weight_decay)] if matrices else []
+    models, judges = {"autoencoder": autoencoder, "average": average}, []
+    autoencoder, *optimizers = accelerator.prepare(autoencoder, *optimizers)
+    perceptual = perceptual.to(device) if isinstance(perceptual, torch.nn.Module) else perceptual
+    if discriminator is not None:
+        models["discriminator"] = discriminator
+        discriminator, *judges = accelerator.prepare(
+            discriminator, torch.optim.AdamW(discriminator.parameters(), discriminator_learning_rate, betas=(0.5, 0.9)))
+    if isinstance(loader, torch.utils.data.DataLoader):
+        loader = accelerator.prepare(loader)
+    generator, index, before = torch.Generator(device).manual_seed(seed), 0, 0.0
+    if checkpoint is not None and Path(checkpoint).exists():
+        saved = files.load(checkpoint)
+        if not isinstance(saved, dict) or not {"autoencoder", "average"} <= saved.get("models", {}).keys():
+            raise ValueError(f"{checkpoint} is a checkpoint, but not one of an autoencoder's training")
+        if len(saved["optimizers"]) != len(optimizers + judges) or saved["models"].keys() != models.keys():
+            raise ValueError(f"{checkpoint} is of a run with {', '.join(saved['models'])} and {len(saved['optimizers'])} optimizers; this "
+                             f"one has {', '.join(models)} and {len(optimizers + judges)}")
+        for name, model in models.items():
+            files.load_into(model, saved["models"][name])
+        for optimizer, state in zip(optimizers + judges, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        if saved["device"] == device.type:
+            generator.set_state(saved["generator"])
+        index, before = saved["index"], saved["seconds"]
+
+    def progress():
+        return max(index / steps, seconds / (60 * minutes) if minutes else 0.0)
+
+    def save():
+        if checkpoint is not None and accelerator.is_main_process:
+            files.save(checkpoint, {"models": {name: model.state_dict() for name, model in models.items()}, "index": index,
+                                    "optimizers": [optimizer.state_dict() for optimizer in optimizers + judges], "seconds": seconds,
+                                    "progress": progress(), "generator": generator.get_state(), "device": device.type})
+
+    start, seconds, saved_at, first, seen, batches = time.perf_counter(), before, before, index, 0, endless(loader, index)
+    while progress() < 1:
+        pictures, _ = next(batches)
+        x = pictures.to(device, non_blocking=True).float() / 127.5 - 1      # [B, C, H, W] in [-1, 1]
+        factor = min(1, (index + 1) / max(warmup, 1)) * min(1, (1 - progress()) / max(decay, 1e-9))
+        rates = [factor * learning_rate, factor * muon_learning_rate] if matrices else [factor * learning_rate]
+        for optimizer, rate in zip(optimizers + judges, [*rates, discriminator_learning_rate]):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        autoencoder.train()
+        y, posterior = autoencoder(x, generator)                            # [B, C, H, W]
+        terms = {"reconstruction": (x - y).abs().mean(), "kl": posterior.kl().mean() / x[0].numel()}
+        loss = terms["reconstruction"] + kl * terms["kl"]
+        if structure:
+            terms["structure"] = structure_loss(x, y).mean()
+            loss = loss + structure * terms["structure"]
+        if perceptual is not None:
+            terms["perceptual"] = perceptual(x, y).mean()
+            loss = loss + perceptual_weight * terms["perceptual"]
+        judging = discriminator is not None and progress() >= discriminator_from
+        if judging:
+            discriminator.requires_grad_(False)
+            terms["adversarial"] = -discriminator(y).mean()
+            terms["lambda"] = adaptive_weight(loss, terms["adversarial"], last)
+            loss = loss + adversarial * terms["lambda"] * terms["adversarial"]
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {index}; a lower learning_rate than {learning_rate} may help")
+        _descend(accelerator, loss, weights, optimizers, clip)
+        if judging:
+            discriminator.requires_grad_(True).train()
+            terms["discriminator"] = discriminator_loss(discriminator(x), discriminator(y.detach()))
+            _descend(accelerator, terms["discriminator"], discriminator.parameters(), judges, clip)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in weights], 1 - min(ema, (1 + index) / (10 + index)))
+        index, seen, seconds = index + 1, seen + len(x), before + time.perf_counter() - start
+        if seconds - saved_at > save_seconds:
+            save()
+            saved_at = seconds
+        paused = time.perf_counter()
+        yield AutoencoderStep(index - 1, loss.item(), {name: term.item() for name, term in terms.items()},
+                              seen / max(seconds - before, 1e-9), seconds, min(progress(), 1.0), average)
+        start += time.perf_counter() - paused                               # the caller's time is not training time
+    if index > first:
+        save()
+
+
+def _descend(accelerator, loss, weights, optimizers, clip):
+    """One step of the optimizers down the loss, along a gradient of at most the length `clip`. FloatingPointError if that is not finite."""
+    accelerator.backward(loss)
+    length = accelerator.clip_grad_norm_(weights, clip)
+    if not torch.isfinite(length):
+        raise FloatingPointError(f"the gradient's length is {float(length)}; a lower learning rate may help")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def measure_latents(autoencoder, loader, pictures: int = 1000) -> tuple[float, float]:
+    """The scale and shift of an autoencoder with which the latents of these pictures have mean 0 and deviation 1 over all their numbers;
+    they become the autoencoder's. loader: see train_autoencoder; of its pictures the first `pictures` are looked at."""
+    count = total = squares = 0.0
+    for x, _ in loader:
+        x = x[:pictures]
+        posterior = autoencoder.eval().encode(x.to(next(autoencoder.parameters()).device).float() / 127.5 - 1)
+        count, total = count + posterior.mean.numel(), total + float(posterior.mean.sum())
+        squares += float((posterior.mean.double().square() + posterior.log_variance.double().exp()).sum())
+        pictures -= len(x)
+        if pictures <= 0:
+            break
+    if not count:
+        raise ValueError("the loader gives no batch, so there are no latents to measure")
+    autoencoder.shift = total / count
+    autoencoder.scale = (squares / count - autoencoder.shift ** 2) ** -0.5
+    return autoencoder.scale, autoencoder.shift
