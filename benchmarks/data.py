@@ -3,9 +3,10 @@
 Batches of 64 pictures of 64×64 from stores of a thousand, a hundred thousand and a million records, in random order, on one core and with
 two workers; beside them torchvision's ImageFolder on a folder of JPEGs, of 256×256 as photographs come and of 64×64 as they might have
 been prepared. The pictures are drawn dishes; large stores repeat them. A page of a file costs a process most when it first looks at it;
-so a store is measured in the first epoch, and once more when each record has been read before, as in all later epochs (epoch 2). Memory
-is the most that a worker had: what it has written for itself alone (private), and all that it sees (resident), shared libraries and pages
-of the store included.
+so a store is measured in the first epoch, and once more when each record has been read before, as in all later epochs (epoch 2). A thousand
+records are read twenty times in what is called their first epoch; only of large stores does it show what first looks cost. Memory is the
+most that a worker had: what it has written for itself alone (private), and all that it sees (resident), shared libraries and pages of the
+store included.
 """
 
 import argparse
