@@ -46,6 +46,7 @@ from .camera import MOVES
 from .diffusion import GaussianDiffusion, logit_normal_timesteps, velocity_weight
 from .inpaint import painter
 from .latent import decoded, encoder_of, fingerprint, latent_painter, load_autoencoder, save_autoencoder
+from .metrics import psnr, ssim
 from .samplers import clipped, ddim, guided, to_pictures
 from .schedule import NoiseSchedule
 from .text import CharacterEncoder
@@ -91,6 +92,7 @@ def train_the_autoencoder(autoencoder: Autoencoder, store, checkpoint: Path | No
 def prepare_latents(store, out: Path, size: int, minutes: float) -> tuple[LatentLmdb, Autoencoder]:
     """The store's latents, and the autoencoder that made them; each is made, or finished, if it is not there yet."""
     path, checkpoint = out / f"autoencoder_{size}.safetensors", out / f"autoencoder_{size}.training.safetensors"
+    sheet, looked = out / f"autoencoder_{size}.png", 0.0
     if not path.exists():
         with tqdm(total=100, desc="training the autoencoder", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}") as bar:
             for step in train_the_autoencoder(Autoencoder(**AUTOENCODER), store, checkpoint, minutes):
@@ -98,10 +100,14 @@ def prepare_latents(store, out: Path, size: int, minutes: float) -> tuple[Latent
                 bar.set_postfix_str(f"step {step.index}, error {step.terms['reconstruction']:.4f}, "
                                     f"{step.pictures_per_second:.0f} pictures/s, {left / 60:.1f} min left", refresh=False)
                 bar.update(100 * step.progress - bar.n)
+                if step.seconds > looked + 60:
+                    looked = step.seconds
+                    bar.write(f"after {looked / 60:.1f} minutes {look_at(step.autoencoder, sheet, size)}")
         autoencoder = Autoencoder(**AUTOENCODER)
         files.load_into(autoencoder, files.load(checkpoint)["models"]["average"])
         measure_latents(autoencoder, batches(store, BATCH))
         save_autoencoder(path, autoencoder)
+        print(look_at(autoencoder, sheet, size))
     autoencoder = load_autoencoder(path).to("cuda" if torch.cuda.is_available() else "cpu")
     folder, encode = out / f"latents_{size}", encoder_of(autoencoder)
 
@@ -112,16 +118,17 @@ def prepare_latents(store, out: Path, size: int, minutes: float) -> tuple[Latent
     for done in tqdm(encode_store(store.folder, folder, encode_fast, fingerprint(autoencoder), batch=BATCH), desc="encoding dishes",
                      unit="batch", total=-(-len(store) // BATCH)):
         pass
-    write_png(out / f"autoencoder_{size}.png", autoencoder_sheet(autoencoder, size))
     return LatentLmdb(folder, fingerprint(autoencoder)), autoencoder
 
 
-def autoencoder_sheet(autoencoder: Autoencoder, size: int, count: int = 12):
-    """Held-out dishes, each as drawn and as the autoencoder gives it back."""
+def look_at(autoencoder: Autoencoder, path: Path, size: int, count: int = 12) -> str:
+    """Write held-out dishes, each as drawn and as the autoencoder gives it back, into a picture; how near they are, in words."""
     names = random.Random(0).sample(dish_names("held_out"), count)
-    real = np.stack([draw(name, size, seed=1) for name in names])           # [B, 3, H, W]
-    back = decoded(autoencoder, encoder_of(autoencoder)(torch.from_numpy(real))[0])
-    return contact_sheet([list(pair) for pair in zip(real.transpose(0, 2, 3, 1), back)], names, columns=3, side=size)
+    real = torch.from_numpy(np.stack([draw(name, size, seed=1) for name in names]))                         # [B, 3, H, W]
+    back = decoded(autoencoder, encoder_of(autoencoder)(real)[0])                                           # [B, H, W, 3]
+    write_png(path, contact_sheet([list(pair) for pair in zip(real.permute(0, 2, 3, 1).numpy(), back)], names, columns=3, side=size))
+    back = torch.from_numpy(back).permute(0, 3, 1, 2)
+    return f"held-out dishes come back with a PSNR of {psnr(real, back).mean():.1f} dB, an SSIM of {ssim(real, back).mean():.2f}"
 
 
 def training(network, encoder, diffusion, store, checkpoint: Path | None, minutes: float):

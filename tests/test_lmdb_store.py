@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -229,6 +230,37 @@ def test_a_reader_follows_a_store_that_another_process_makes_grow(tmp_path):
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "s")], check=True)
     store = ImageCaptionStore(tmp_path / "s")
     assert len(store) == 154 and store[153][1] == "149" and store[0][0].shape == (3, 32, 32)
+
+
+def read_while_it_grows(folder, length, ready, answers):
+    """Each time it looks, the last record that is there is whole and the right one."""
+    dishes, seen = Dishes(length, 32), []
+    ready.set()
+    while not seen or seen[-1] < length:
+        store = ImageCaptionStore(folder)
+        picture, name = store[len(store) - 1]
+        expected, expected_name = dishes[len(store) - 1]
+        if not torch.equal(picture, expected) or name != expected_name:
+            break
+        seen.append(len(store))
+    answers.put(seen)
+
+
+def test_two_readers_and_a_writer_at_once(tmp_path):
+    write(tmp_path / "s", Dishes(1, 32))
+    fork = multiprocessing.get_context("fork")
+    answers, ready = fork.Queue(), [fork.Event(), fork.Event()]
+    readers = [fork.Process(target=read_while_it_grows, args=(tmp_path / "s", 300, event, answers)) for event in ready]
+    for reader in readers:
+        reader.start()
+    for event in ready:
+        assert event.wait(60)
+    dishes = Dishes(300, 32)
+    write(tmp_path / "s", (dishes[i] for i in range(1, 300)), per_transaction=3)
+    for seen in (answers.get(timeout=60), answers.get(timeout=60)):
+        assert seen == sorted(seen) and seen[-1] == 300 and len(set(seen)) > 3
+    for reader in readers:
+        reader.join(60)
 
 
 def test_one_writes_and_reads_in_the_same_process_but_never_writes_twice(tmp_path):
