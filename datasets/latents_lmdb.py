@@ -23,11 +23,10 @@ needs lmdb, Pillow, numpy, torch and tqdm and, beside it, lmdb_store.py.
 import json
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
-from .lmdb_store import ABOUT, ImageCaptionStore, commit, key_of, reading, writing
+from .lmdb_store import ABOUT, ImageCaptionStore, about_of, commit, header_of, key_of, read_record, writing
 
 LAYOUT, VERSION = "easy-diffusion latents", 1
 
@@ -52,33 +51,23 @@ class LatentLmdb(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index):
-        if not 0 <= index < self.length:
-            raise IndexError(f"record {index} of {self.length} in {self.folder}")
-        with reading(self.folder) as transaction:
-            record = transaction.get(key_of(index))
-            if record is None:
-                raise KeyError(f"record {index} is missing in {self.folder}, which should hold {self.length}")
-            try:
-                size, = struct.unpack_from("<I", record)
-                header = json.loads(bytes(record[4:4 + size]))
-                latents = torch.frombuffer(bytearray(record[4 + size:]), dtype=torch.float16).view(header["shape"])     # [F, 2, Z, h, w]
-                caption = header["caption"]
-            except (ValueError, TypeError, KeyError, RuntimeError, struct.error) as error:
-                raise ValueError(f"record {index} in {self.folder} is damaged: {error}") from error
-        mean, deviation = latents[int(torch.randint(len(latents), ()))].float()
+        (mean, deviation), caption = read_record(self.folder, index, self.length, unpack)
         return mean + deviation * torch.randn(mean.shape), caption
+
+
+def unpack(record) -> tuple[torch.Tensor, str]:
+    """(mean and deviation float32 [2, Z, h, w], caption) of a record, of one of its F views by chance."""
+    header = header_of(record)
+    size, = struct.unpack_from("<I", record)
+    latents = torch.frombuffer(bytearray(record[4 + size:]), dtype=torch.float16).view(header["shape"])     # [F, 2, Z, h, w]
+    return latents[int(torch.randint(len(latents), ()))].float(), header["caption"]
 
 
 def about_latents(folder) -> dict | None:
     """What a folder of latents says of itself: its "count" and its "fingerprint"; None where there is nothing yet. ValueError for an LMDB
     of something else."""
-    file = Path(folder) / "data.mdb"
-    if not file.is_file() or file.stat().st_size == 0:
-        return None
-    with reading(folder) as transaction:
-        about, empty = transaction.get(ABOUT), transaction.stat()["entries"] == 0
-        about = bytes(about) if about is not None else b"null"
-    if empty:
+    about = about_of(folder)
+    if about is None:
         return None
     try:
         about = json.loads(about)

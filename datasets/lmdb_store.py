@@ -60,26 +60,32 @@ class ImageCaptionStore(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index):
-        if not 0 <= index < self.length:
-            raise IndexError(f"record {index} of {self.length} in {self.folder}")
-        with reading(self.folder) as transaction:
-            record = transaction.get(key_of(index))
-            if record is None:
-                raise KeyError(f"record {index} is missing in {self.folder}, which should hold {self.length}")
-            try:
-                picture, header = unpack(record)
-                return picture, header["caption"]
-            except (*UNREADABLE, KeyError) as error:
-                raise ValueError(f"record {index} in {self.folder} is damaged: {error}") from error
+        picture, header = read_record(self.folder, index, self.length, unpack)
+        return picture, header["caption"]
+
+
+def read_record(folder, index: int, length: int, unpack: Callable):
+    """What `unpack` makes of record `index` of `length`, a buffer that is valid until it returns. Raises IndexError, KeyError where it is
+    missing, ValueError where it is damaged."""
+    if not 0 <= index < length:
+        raise IndexError(f"record {index} of {length} in {folder}")
+    with reading(folder) as transaction:
+        record = transaction.get(key_of(index))
+        if record is None:
+            raise KeyError(f"record {index} is missing in {folder}, which should hold {length}")
+        try:
+            return unpack(record)
+        except (*UNREADABLE, KeyError) as error:
+            raise ValueError(f"record {index} in {folder} is damaged: {error}") from error
 
 
 def count(folder) -> int:
     """How many records a folder's store holds; 0 where there is none. Raises ValueError for an LMDB that is not a store."""
-    return _count_of(_about(folder), folder)
+    return _count_of(about_of(folder), folder)
 
 
-def _about(folder):
-    """What a store says of itself, bytes; None where there is nothing yet, b"" for an LMDB that does not say."""
+def about_of(folder) -> bytes | None:
+    """What a store says of itself; None where there is nothing yet, b"" for an LMDB that does not say."""
     file = Path(folder) / "data.mdb"
     if not file.is_file() or file.stat().st_size == 0:                      # empty: a writer was killed as it began
         return None
@@ -112,7 +118,7 @@ def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[in
     `count` tells from which record to go on. It grows as it must.
     """
     with writing(folder) as environment:
-        about, records = _about(folder), iter(records)                      # once: another process may be writing, too
+        about, records = about_of(folder), iter(records)                      # once: another process may be writing, too
         present = _count_of(about, folder)
         while packed := [pack(*record) for record in itertools.islice(records, per_transaction)]:
             before = about
@@ -167,15 +173,7 @@ def store_files(folder, rows: Iterable, read: Callable, settings: dict, bar: boo
 def headers(folder) -> Iterator[dict]:
     """The header of each record, in order; pictures are not decoded."""
     length = count(folder)
-    with reading(folder) as transaction:
-        for index in range(length):
-            record = transaction.get(key_of(index))
-            if record is None:
-                raise KeyError(f"record {index} is missing in {folder}")
-            try:
-                yield header_of(record)
-            except (*UNREADABLE, KeyError) as error:
-                raise ValueError(f"record {index} in {folder} is damaged: {error}") from error
+    return (read_record(folder, index, length, header_of) for index in range(length))
 
 
 def captions(folder) -> Iterator[str]:

@@ -1,5 +1,6 @@
 import multiprocessing
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -106,6 +107,18 @@ def test_latents_of_another_autoencoder_are_refused(pictures, tmp_path, autoenco
         ImageCaptionStore(tmp_path / "latents")
     with pytest.raises(FileNotFoundError, match="no latents in .*nowhere"):
         LatentLmdb(tmp_path / "nowhere")
+
+
+def test_damaged_and_missing_latents_are_named(pictures, tmp_path, autoencoder):
+    encode_all(pictures, tmp_path / "latents", autoencoder)
+    with lmdb.open(str(tmp_path / "latents")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"000000001", transaction.get(b"000000001")[:-20])
+        transaction.delete(b"000000002")
+    latents = LatentLmdb(tmp_path / "latents")
+    assert latents[0][0].shape == (4, 8, 8)
+    for index, kind in ((1, ValueError), (2, KeyError), (21, IndexError)):
+        with pytest.raises(kind, match=f"record {index} "):
+            latents[index]
 
 
 def test_a_saved_autoencoder_is_the_same(tmp_path, autoencoder):
