@@ -5,7 +5,8 @@
 |x - y| alone answers doubt with the mean of what it may be, which is blurred. Three terms object to blur:
 
     structure      |x - y| again, of the differences between scales (a Laplacian pyramid, Burt & Adelson 1983): an edge at the wrong
-                   place or missing costs at each scale. It needs no weights, and is the default
+                   place or missing costs at each scale. It needs no weights, and is the default,
+                   though in trainings of minutes it has gained nothing yet (code_detail.md)
     LPIPS          the distance between features that VGG16 sees in x and in y (Zhang et al. 2018), where its weights are on disk
     D              a patch discriminator (Isola et al. 2017) that learns to tell x from y, patch by patch, and joins later, when y is
                    good enough to be worth an opinion. λ = |∇ all other terms| / |∇ D(y)| at the decoder's last layer makes its pull

@@ -16,6 +16,7 @@ the old one or the new one, never half of one. The file needs torch and safetens
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,18 +37,19 @@ def save(path, tree) -> None:
 
 @contextlib.contextmanager
 def replacing(path) -> Iterator[Path]:
-    """A name beside `path` to write a file under. At the end it takes the path's place, whole and on the disk; if writing breaks off,
-    it goes, and what stood at the path stays."""
+    """A name in a folder beside `path` to write a file under. At the end it takes the path's place, whole and on the disk; if writing
+    breaks off, it goes, and what stood at the path stays. What a killed process has left in the folder goes with the next call."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.part")
+    folder = path.with_name(f"{path.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        yield beside
-        with open(beside, "rb") as written:
+        yield folder / path.name
+        with open(folder / path.name, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(beside, path)
+        os.replace(folder / path.name, path)
     finally:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(path, device="cpu"):

@@ -69,3 +69,10 @@ def test_weights_of_another_shape_are_all_named_in_one_error():
         load_into(torch.nn.Linear(3, 2), state)
     for says in ("missing: bias (2,)", "unknown: scale (1,)", "shape of weight: (3, 4) in the checkpoint, (2, 3) in the network"):
         assert says in str(error.value)
+
+
+def test_what_a_killed_process_left_goes_with_the_next_writing(tmp_path):
+    (tmp_path / "a.writing").mkdir()
+    (tmp_path / "a.writing" / ".tmpXYZ").write_bytes(b"half a file")       # safetensors writes under a name of its own, too
+    save(tmp_path / "a", {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and load(tmp_path / "a") == {"step": 1}

@@ -99,7 +99,7 @@ def test_it_learns_and_resumes_and_text_py_reads_the_result(published, tmp_path)
     assert retrieval(resumed, batch) == retrieval(whole, batch)
     save_cn_clip(tmp_path / "tuned.pt", resumed, step=4)
     assert CnClipEncoder(tmp_path / "tuned.pt").fingerprint() != CnClipEncoder(published).fingerprint()
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.writing"))
 
 
 def test_wrong_files_and_loaders_are_named(published, tmp_path):
