@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .lmdb_store import ABOUT, ImageCaptionStore, about_of, commit, header_of, key_of, read_record, writing
+from .lmdb_store import ABOUT, ImageCaptionStore, about_of, commit, header_of, key_of, read_record, settle, writing
 
 LAYOUT, VERSION = "easy-diffusion latents", 1
 
@@ -87,9 +87,7 @@ def encode_store(pictures, folder, encode: Callable, fingerprint: str, mirrored:
     that is another for another autoencoder. mirrored: encode the mirrored pictures, too. Raises ValueError for a folder that holds latents
     of another autoencoder, of other pictures, or of another choice of `mirrored`.
     """
-    if about_latents(folder) is not None:
-        with writing(folder):                                               # whatever a killed writer has left is seen from here on
-            pass
+    settle(folder)
     store, about = ImageCaptionStore(pictures), about_latents(folder)
     wanted = {"layout": LAYOUT, "version": VERSION, "fingerprint": fingerprint, "mirrored": mirrored}
     done = about.pop("count") if about is not None else 0

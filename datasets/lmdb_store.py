@@ -118,7 +118,7 @@ def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[in
     `count` tells from which record to go on. It grows as it must.
     """
     with writing(folder) as environment:
-        about, records = about_of(folder), iter(records)                      # once: another process may be writing, too
+        about, records = about_of(folder), iter(records)                    # once: another process may be writing, too
         present = _count_of(about, folder)
         while packed := [pack(*record) for record in itertools.islice(records, per_transaction)]:
             before = about
@@ -137,9 +137,7 @@ def store_files(folder, rows: Iterable, read: Callable, settings: dict, bar: boo
     others is refused (ValueError). A picture is known by its content and caption: whoever calls again, even with new names, adds only what
     is new. Returns the number of records and, for each name that was skipped, why.
     """
-    if count(folder):
-        with writing(folder):                                               # whatever a killed writer has left is seen from here on
-            pass
+    settle(folder)
     done, skipped = {}, {}
     for header in headers(folder) if count(folder) else ():
         if header.get("settings") != settings or "content" not in header:
@@ -245,6 +243,14 @@ def commit(environment, pairs, about: bytes | None = None) -> None:
                           "stored") from error
 
 
+def settle(folder) -> None:
+    """For whoever goes on with a store, before asking `count` where. A writer that was killed on the last step of a commit leaves readers a
+    transaction behind, as long as some process has the file open; the next commit mends that, and `writing` begins with one."""
+    if about_of(folder) is not None:
+        with writing(folder):
+            pass
+
+
 @contextlib.contextmanager
 def reading(folder):
     """A transaction for reading a folder. LMDB must not be opened twice in a process, so there is one environment a process and file; while
@@ -284,8 +290,8 @@ def writing(folder):
         raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
     _writers.add(name)
     try:
-        with environment.begin(write=True) as transaction:                  # A writer that was killed on the last step of a commit leaves
-            about = transaction.get(ABOUT)                                  # readers a transaction behind; the next commit mends that.
+        with environment.begin(write=True) as transaction:                  # see `settle`
+            about = transaction.get(ABOUT)
             if about is not None:
                 transaction.put(ABOUT, about)
         yield environment

@@ -73,6 +73,7 @@ def build(characters: str, autoencoder: Autoencoder | None = None):
 def prepare(folder: Path, count: int, size: int) -> lmdb_store.ImageCaptionStore:
     """The store of `count` drawn dishes; whatever is there already is kept."""
     dishes = Dishes(count, size)
+    lmdb_store.settle(folder)
     done = lmdb_store.count(folder)
     if done < count:
         missing = torch.utils.data.Subset(dishes, range(done, count))
