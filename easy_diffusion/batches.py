@@ -1,4 +1,4 @@
-"""From a dataset to batches: in workers or without, once or for ever, and from any step on.
+"""From a dataset to batches: in workers or without, in one process or several, once or for ever, and from any step on.
 
 A worker is another process that reads pictures while the network learns. Where CUDA is in use it must be spawned, because a process that
 was forked from one with CUDA cannot use it («Cannot re-initialize CUDA in forked subprocess»); its batches lie in pinned memory, from
@@ -6,8 +6,11 @@ which a GPU copies fastest. A spawned worker imports the program again: a script
 a dataset's class must stand in a file, not in a notebook's cell. Workers live as long as the loader: what they have opened stays open from
 epoch to epoch. Pictures stay uint8 until they are on the device: a quarter of what floats take.
 
-The order of epoch e follows from (seed, e) alone, so a run of one process that was broken off after step n goes on, with the same dataset
-and batch size, with step n's batch, and no picture of the epoch is seen twice or missed. The file needs torch.
+The order of epoch e follows from (seed, e) alone, and what a dataset draws by chance for a batch from (seed, the batch's number): whoever
+reads it, this process or a worker, begins torch's, numpy's and Python's generators there, and puts them back afterwards. So a run that was
+broken off after step n goes on, with the same dataset and batch size, with step n's batch to the bit, and no picture of the epoch is seen
+twice or missed. Where W processes train together, each takes its share of W batches: the k-th of them is what one process with a batch W
+times as large would see. The file needs torch and numpy.
 
 >>> numbers = torch.utils.data.TensorDataset(torch.arange(7))
 >>> [len(batch) for batch, in batches(numbers, 2)]
@@ -15,31 +18,89 @@ and batch size, with step n's batch, and no picture of the epoch is seen twice o
 >>> whole, later = endless(batches(numbers, 2)), endless(batches(numbers, 2), start=10)
 >>> [next(whole)[0].tolist() for _ in range(11)][10] == next(later)[0].tolist()
 True
+>>> parts = [next(endless(batches(numbers, 2), process=i, processes=2))[0] for i in range(2)]
+>>> next(endless(batches(numbers, 4)))[0].tolist() == torch.cat(parts).tolist()
+True
 """
 
+import contextlib
 import os
+import random
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+
+
+def number_of(*parts) -> int:
+    """A number below 2^32 for these parts, to begin a generator at: near parts give numbers that have nothing in common."""
+    return random.Random(repr(parts)).getrandbits(32)
+
+
+@contextlib.contextmanager
+def chance(number: int) -> Iterator[None]:
+    """Inside, the generators of torch (CPU and, if it is in use, CUDA), numpy and Python begin at `number`; afterwards they are as before."""
+    cuda = torch.cuda.is_initialized()
+    before = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None, np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+    if cuda:
+        torch.cuda.manual_seed(number)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[2])
+        random.setstate(before[3])
+        if cuda:
+            torch.cuda.set_rng_state(before[1])
 
 
 class Shuffled(torch.utils.data.Sampler):
-    """Batches of indices below `length` in the order of epoch `epoch`, from batch `first` of it on; each iteration moves on to the next
-    epoch."""
+    """(number, indices) of batches: indices below `length` in the order of epoch `epoch`, from batch `first` of it on; each iteration moves
+    on to the next epoch. Of `processes` that train together number `process` gets its share, `batch_size` of each batch."""
 
     def __init__(self, length: int, batch_size: int, seed: int = 0):
         self.length, self.batch_size, self.seed, self.epoch, self.first = length, batch_size, seed, 0, 0
+        self.process, self.processes = 0, 1
 
     def __len__(self):
-        return self.length // self.batch_size - self.first
+        return self.length // (self.batch_size * self.processes) - self.first
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
-        self.epoch, first, self.first = self.epoch + 1, self.first, 0
-        for k in range(first, self.length // self.batch_size):
-            yield order[k * self.batch_size:(k + 1) * self.batch_size]
+        epoch, first, self.epoch, self.first = self.epoch, self.first, self.epoch + 1, 0
+        for k in range(first, self.length // (self.batch_size * self.processes)):
+            place = (k * self.processes + self.process) * self.batch_size
+            yield (epoch, place), order[place:place + self.batch_size]
+
+
+class Read(torch.utils.data.Dataset):
+    """A dataset whose items are read a batch at a time, with the chance that belongs to the batch."""
+
+    def __init__(self, dataset, collate=None, seed: int = 0):
+        self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+    def __getitems__(self, numbered):
+        number, indices = numbered
+        with chance(number_of(self.seed, number)):
+            if hasattr(self.dataset, "__getitems__"):
+                return self.collate(self.dataset.__getitems__(indices))
+            return self.collate([self.dataset[i] for i in indices])
+
+
+def as_it_is(batch):
+    """What Read has collated already."""
+    return batch
 
 
 def batches(dataset, batch_size: int, workers: int | None = None, collate=None, seed: int = 0) -> DataLoader:
@@ -53,15 +114,19 @@ def batches(dataset, batch_size: int, workers: int | None = None, collate=None, 
     cuda = torch.cuda.is_available()
     if workers is None:
         workers = min(4, os.cpu_count() or 1) if cuda else 0
-    return DataLoader(dataset, batch_sampler=Shuffled(len(dataset), batch_size, seed), num_workers=workers, collate_fn=collate,
-                      pin_memory=cuda, persistent_workers=workers > 0, multiprocessing_context="spawn" if cuda and workers else None)
+    return DataLoader(Read(dataset, collate, seed), batch_sampler=Shuffled(len(dataset), batch_size, seed), num_workers=workers,
+                      collate_fn=as_it_is, pin_memory=cuda, persistent_workers=workers > 0, generator=torch.Generator(),
+                      multiprocessing_context="spawn" if cuda and workers else None)
 
 
-def endless(loader: Iterable, start: int = 0) -> Iterator:
-    """The loader's batches, epoch after epoch; of a loader by `batches` those from step `start` on. Raises ValueError if it gives none."""
+def endless(loader: Iterable, start: int = 0, process: int = 0, processes: int = 1) -> Iterator:
+    """The loader's batches, epoch after epoch; of a loader by `batches` those from step `start` on, and of them the share of number `process`
+    of `processes`. Raises ValueError if it gives none."""
     order = getattr(loader, "batch_sampler", None)
     if isinstance(order, Shuffled):
-        order.first = 0
+        order.first, order.process, order.processes = 0, process, processes
+        if len(order) == 0:
+            raise ValueError(f"the loader gives no batch: {order.length} items do not fill {processes} batches of {order.batch_size}")
         order.epoch, order.first = divmod(start, len(order))
     while True:
         batch = None

@@ -3,7 +3,8 @@
 A checkpoint is a tree of dicts and lists whose leaves are tensors, numbers, strings, booleans or None, which is what
 `state_dict()` of networks and optimizers returns. The tensors become the file's tensors; the tree around them becomes
 JSON in the file's header, with {"tensor": name} where a tensor stood. Whoever reads the file while it is replaced sees
-the old one or the new one, never half of one. The file needs torch and safetensors.
+the old one or the new one, never half of one. With `keep` the ones before stay beside it, under its name with .1, .2, …,
+and `load_newest` takes the newest that is whole. The file needs torch and safetensors.
 
 >>> import tempfile, os
 >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
@@ -11,12 +12,17 @@ the old one or the new one, never half of one. The file needs torch and safetens
 >>> tree = load(path)
 >>> tree["step"], tuple(tree["network"]["weight"].shape)
 (7, (3, 2))
+>>> save(path, {"step": 8}, keep=2)
+>>> load_newest(path), load(f"{path}.1")["step"]
+({'step': 8}, 7)
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,12 +33,40 @@ from safetensors.torch import save_file
 HEADER = "easy_diffusion"
 
 
-def save(path, tree) -> None:
-    """Write a tree of tensors and plain values. Raises TypeError for a leaf of another kind, naming its place."""
+def save(path, tree, keep: int = 1) -> None:
+    """Write a tree of tensors and plain values; `keep` files stay: this one, and those before it as path.1, path.2, …
+
+    Raises TypeError for a leaf of another kind, naming its place; OSError where the disk is full, and then nothing has changed."""
     tensors = {}
     skeleton = _take_apart(tree, tensors, "")
     with replacing(path) as beside:
-        save_file(tensors, beside, metadata={HEADER: json.dumps(skeleton, ensure_ascii=False)})
+        try:
+            save_file(tensors, beside, metadata={HEADER: json.dumps(skeleton, ensure_ascii=False)})
+        except SafetensorError as error:                                    # its name for what the system would not write
+            raise OSError(f"{path} could not be written: {error}") from error
+        if keep > 1 and whole(path):                                        # a damaged one would take a good one's place
+            for i in range(keep - 1, 1, -1):
+                if Path(f"{path}.{i - 1}").exists():
+                    os.replace(f"{path}.{i - 1}", f"{path}.{i}")
+            name_too(path, f"{path}.1")
+
+
+def name_too(path, other) -> None:
+    """Give a file another name, too, which takes no room; where the disk cannot do that, a copy."""
+    with replacing(other) as beside:
+        try:
+            os.link(path, beside)
+        except OSError:
+            shutil.copyfile(path, beside)
+
+
+def whole(path) -> bool:
+    """Whether there is a safetensors file of the length that its header tells."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 @contextlib.contextmanager
@@ -67,6 +101,18 @@ def load(path, device="cpu"):
             return _put_together(json.loads(header), file)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def load_newest(path, device="cpu"):
+    """`load`, but where the file is damaged the newest whole one of those kept before it, with a warning that says so."""
+    try:
+        return load(path, device)
+    except ValueError as damage:
+        for before in itertools.takewhile(Path.exists, (Path(f"{path}.{i}") for i in itertools.count(1))):
+            if whole(before):
+                warnings.warn(f"{damage}; the run goes on from the checkpoint before it, {before}", stacklevel=2)
+                return load(before, device)
+        raise
 
 
 def load_into(module: torch.nn.Module, state: dict) -> None:

@@ -243,7 +243,8 @@ class ImportanceTimesteps:
     """Timesteps drawn as often as their share of the bound's noise asks: p_t ∝ sqrt(E[L_t²]), each loss divided by T p_t, so
     that the mean stays what it is and its variance falls (Nichol & Dhariwal 2021, eq. 18). Made for the bound, see `vlb`.
 
-    Until each t has been drawn `history` times, all are as likely. train() calls it for the timesteps and then `reweighted`.
+    Until each t has been drawn `history` times, all are as likely. train() calls it for the timesteps, asks for their `weights`, and tells it
+    what the losses were, to `remember`.
     """
 
     def __init__(self, steps: int, history: int = 10):
@@ -263,10 +264,24 @@ class ImportanceTimesteps:
             raise ValueError(f"these are timesteps of a schedule of {len(self.losses)}, not of {steps}")
         return torch.multinomial(self.probabilities().to(generator.device), batch, replacement=True, generator=generator)
 
-    def reweighted(self, t: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-        """losses [B] at timesteps t [B], each divided by T p_t; they are remembered for the next draw."""
-        weights = 1 / (len(self.losses) * self.probabilities()[t.cpu()])
+    def weights(self, t: torch.Tensor) -> torch.Tensor:
+        """1 / (T p_t) of timesteps t [B], float64 [B]."""
+        return 1 / (len(self.losses) * self.probabilities()[t.cpu()])
+
+    def remember(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """The losses [B] at timesteps t [B], for the next draw."""
         for step, loss in zip(t.tolist(), losses.detach().tolist()):
             self.losses[step, self.drawn[step] % self.history] = loss
             self.drawn[step] += 1
+
+    def reweighted(self, t: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        """losses [B] at timesteps t [B], each divided by T p_t; they are remembered for the next draw."""
+        weights = self.weights(t)
+        self.remember(t, losses)
         return losses * weights.to(losses)
+
+    def state_dict(self) -> dict:
+        return {"losses": self.losses, "drawn": self.drawn}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.losses, self.drawn = state["losses"], state["drawn"]

@@ -1,17 +1,22 @@
 """The training loop, as a generator: it yields every step, and the caller draws, logs or stops.
 
 Each step takes a batch, picks a timestep for each picture, adds that much noise and asks the network about it
-(Ho et al. 2020, algorithm 1). Around that stand four habits that make it work:
+(Ho et al. 2020, algorithm 1). Around that stand habits that make it work:
 
     caption dropout   some captions become "", so that the same network also learns what «nothing» looks like
                       (Ho & Salimans 2022, algorithm 1)
-    EMA               a second set of weights follows the first slowly: ema += (1 - d) (weights - ema), d = min(`ema`,
-                      (1 + step) / (10 + step)); it is the one to sample from (Ho et al. 2020, appendix B)
+    EMA               a second set of weights follows the first slowly; it is the one to sample from (Ho et al. 2020, appendix B)
     warm-up, decay    AdamW's rate rises over the first steps and falls to zero over the last part of the run
     AdamW, then SGD   when the loss has stopped falling, plain SGD at a tiny rate settles the weights
+    pieces            a batch that is too large for the memory goes through the network piece by piece; the gradients add up
+    skipping          a step that is not finite, or a spike, is not taken (guard.py)
 
-accelerate places the work on CPU or GPU and does the mixed precision. The file needs torch, accelerate and, beside it,
-batches.py, checkpoint.py and muon.py; its example also schedule.py, samplers.py and diffusion.py.
+All chance of step i follows from (seed, i): timesteps, dropped captions, noise, and what the network itself throws dice for. It is drawn
+for the batches of all processes, and each takes its share; so two processes learn what one with the double batch does, and a run that was
+killed goes on, with a loader of `batches`, to the same weights as one that was not: on a CPU to the bit.
+
+accelerate knows device, precision and the other processes. The file needs torch, accelerate and psutil and, beside it, batches.py,
+checkpoint.py, guard.py, muon.py and run.py; its example also schedule.py, samplers.py and diffusion.py.
 
 >>> from .schedule import NoiseSchedule
 >>> from .diffusion import GaussianDiffusion
@@ -26,25 +31,28 @@ batches.py, checkpoint.py and muon.py; its example also schedule.py, samplers.py
 import copy
 import math
 import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader
 
 from . import checkpoint as files
-from .batches import endless
-from .muon import Muon
+from . import run
+from .batches import Shuffled, chance, endless, number_of
+from .guard import Guard, unless_out_of_memory
+from .run import fast_precision as fast_precision  # whoever trains asks for it here
 
 
 class TrainingStep(NamedTuple):
     """One step: its number, its loss and what a progress bar wants to say; network and encoder are the EMA's.
 
     quartiles: the smoothed loss of the timesteps in each quarter of the schedule, the least noise first (nan: none seen yet).
-    Of a loss that stands still they tell which part does (Nichol & Dhariwal 2021)."""
+    Of a loss that stands still they tell which part does (Nichol & Dhariwal 2021). gradient_norm: before it was clipped. skipped: steps so
+    far that were not taken; such a step's loss is what was wrong with it, and smooth_loss knows nothing of it. note: what a log should
+    keep, "" at most steps."""
 
     index: int
     loss: float
@@ -57,14 +65,9 @@ class TrainingStep(NamedTuple):
     network: torch.nn.Module
     encoder: torch.nn.Module | None
     quartiles: tuple[float, float, float, float]
-
-
-def fast_precision() -> str:
-    """What accelerate calls mixed_precision: "bf16" where this machine computes bfloat16 in hardware, else "no"."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    has = [getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if any(has) else "no"
+    gradient_norm: float = math.nan
+    skipped: int = 0
+    note: str = ""
 
 
 def stopped_falling(losses: list[float], window: int) -> bool:
@@ -95,106 +98,153 @@ def by_quartile(before, losses: torch.Tensor, t: torch.Tensor, steps: int) -> tu
 
 def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, minutes: float | None = None,
           learning_rate: float = 1e-4, muon_learning_rate: float | None = None, sgd_learning_rate: float = 1e-6,
-          window: int = 2000, warmup: int = 100, decay: float = 0.4, weight_decay: float = 0.01, ema: float = 0.999,
-          caption_dropout: float = 0.1, clip: float = 1.0, timesteps=uniform_timesteps, seed: int = 0, checkpoint=None,
-          save_seconds: float = 30, accelerator: Accelerator | None = None) -> Iterator[TrainingStep]:
+          window: int = 2000, settled: Callable[[list[float], int], bool] = stopped_falling, phase: str = "adamw", warmup: int = 100,
+          decay: float = 0.4, weight_decay: float = 0.01, ema: float = 0.999, caption_dropout: float = 0.1, clip: float = 1.0,
+          timesteps=uniform_timesteps, pieces: int = 1, compile: bool = False, patience: int = 5, spike: float = 20.0, seed: int = 0,
+          checkpoint=None, keep: int = 2, save_seconds: float = 30, accelerator: Accelerator | None = None) -> Iterator[TrainingStep]:
     """Train until `steps` steps or `minutes` minutes are over, whichever is first; yields every step. What the caller does
     between two steps does not count as training time.
 
     loader gives (pictures uint8 [B, C, H, W] or latents float [B, Z, h, w], captions list[str]), again and again; one by `batches` goes on
-    after a break where it was. encoder, if given, is trained with the
-    network. muon_learning_rate: if given, Muon trains the matrices, AdamW only the rest. decay: the share of the run over
-    which their rates fall to zero. timesteps: (batch, T, generator) → [batch], int64, or float in [0, 1] where time is
-    continuous; one with a method `reweighted` weighs the losses, too. checkpoint: a path,
-    written every save_seconds seconds and at the end; if it is there already, the run goes on from it. Raises ValueError
-    if that file is of another network, for an empty loader, for no time or no steps; FloatingPointError for a loss that is not finite.
+    after a break where it was, and in several processes gives each its share. encoder, if given, is trained with the network.
+
+    learning_rate, decay, weight_decay: AdamW's, the share of the run over which the rate falls to zero. muon_learning_rate: if given, Muon
+    trains the matrices, AdamW only the rest. phase: with what to begin; "adamw" gives way to "sgd" as soon as settled(losses, window), which
+    is asked every 100 steps, is true. timesteps: (batch, T, generator) → [batch], int64, or float in [0, 1] where time is continuous; one
+    with methods `weights` and `remember` weighs the losses, too. pieces: parts of a batch that go through the network one after the other.
+    patience, spike: Guard's.
+
+    checkpoint: a path, written every save_seconds seconds and at the end; if it is there already, the run goes on from it. keep: how many
+    stay, see checkpoint.save; from two on also the one of the lowest loss over `window` steps, as path.best. Raises ValueError if that
+    file is of another network, for an empty loader, for no time or no steps; FloatingPointError where no step could be taken, or the steps
+    will not become finite again; MemoryError where memory runs out even with twice the pieces.
     """
-    if steps < 1 or (minutes is not None and minutes <= 0):
-        raise ValueError(f"a training takes at least a step and some time, not steps={steps}, minutes={minutes}")
-    if accelerator is None:     # a process has one precision: whoever made an Accelerator before has chosen it
-        accelerator = Accelerator(mixed_precision=None if AcceleratorState._shared_state else fast_precision())
-    models = torch.nn.ModuleDict({"network": network} | ({"encoder": encoder} if encoder is not None else {}))
-    average = copy.deepcopy(models).requires_grad_(False).eval().to(accelerator.device)
+    clock, accelerator = run.Clock(steps, minutes, save_seconds), accelerator or run.default_accelerator()
+    device, process, processes, scaler = accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator.scaler
+    models = torch.nn.ModuleDict({"network": network} | ({"encoder": encoder} if encoder is not None else {})).to(device)
+    run.begin_alike(accelerator, models)
+    average = copy.deepcopy(models).requires_grad_(False).eval()
+    ask = torch.compile(network) if compile else network
     weights = [parameter for parameter in models.parameters() if parameter.requires_grad]
-    matrices = [weight for weight in weights if weight.ndim > 1] if muon_learning_rate else []
-    others = [weight for weight in weights if weight.ndim < 2] if muon_learning_rate else weights
-    adamw = torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-    muon = [Muon(matrices, muon_learning_rate, weight_decay=weight_decay)] if matrices else []
-    sgd = torch.optim.SGD(weights, sgd_learning_rate)
-    network, encoder, adamw, sgd, *muon = accelerator.prepare(network, encoder, adamw, sgd, *muon)
-    if isinstance(loader, torch.utils.data.DataLoader):
+    adaptive = run.optimizers_of(weights, learning_rate, muon_learning_rate, weight_decay)
+    settling = [(torch.optim.SGD(weights, sgd_learning_rate), sgd_learning_rate)]       # without momentum it has nothing to remember
+    if isinstance(loader, DataLoader) and not isinstance(loader.batch_sampler, Shuffled):
         loader = accelerator.prepare(loader)
-    generator = torch.Generator(accelerator.device).manual_seed(seed)
-    index, phase, losses, before = 0, "adamw", [], 0.0
+    guard, generator, halved = Guard(average, patience, spike=spike), torch.Generator(device), False
+    losses, smooth, quartiles, lowest = [], math.nan, (math.nan,) * 4, math.inf
+    others = {"guard": guard, "scaler": scaler, "timesteps": timesteps}
+    others = {name: other for name, other in others.items() if hasattr(other, "state_dict")}
+
     if checkpoint is not None and Path(checkpoint).exists():
-        saved = files.load(checkpoint)
+        saved = files.load_newest(checkpoint)
         files.load_into(models, saved["models"])
         files.load_into(average, saved["average"])
-        if len(saved["optimizers"]) != len([adamw, *muon]):
-            raise ValueError(f"{checkpoint} was trained {'without' if muon else 'with'} Muon, so muon_learning_rate must tell the same")
-        for optimizer, state in zip([adamw, *muon], saved["optimizers"]):
-            optimizer.load_state_dict(state)
+        if len(saved["optimizers"]) != len(adaptive):
+            raise ValueError(f"{checkpoint} was trained {'with' if len(adaptive) == 1 else 'without'} Muon, so muon_learning_rate must "
+                             "tell the same")
         if saved["predicts"] != diffusion.predicts:
             raise ValueError(f"{checkpoint} was trained to predict {saved['predicts']}, not {diffusion.predicts}")
-        if saved["device"] == accelerator.device.type:
-            generator.set_state(saved["generator"])
-        index, phase, losses, before = (saved[key] for key in ("index", "phase", "losses", "seconds"))
+        for other, state in zip([optimizer for optimizer, _ in adaptive] + list(others.values()),
+                                saved["optimizers"] + [saved[name] for name in others]):
+            other.load_state_dict(state)
+        phase, losses, smooth, quartiles, lowest = (saved[key] for key in ("phase", "losses", "smooth", "quartiles", "lowest"))
+        pieces, halved = (saved["pieces"], True) if saved["halved"] else (pieces, False)
+        clock.start(saved["index"], saved["seconds"])
+    else:
+        clock.start()
 
-    def save():
-        if checkpoint is not None and accelerator.is_main_process:
-            files.save(checkpoint, {
-                "models": models.state_dict(), "average": average.state_dict(), "generator": generator.get_state(), "index": index,
-                "optimizers": [optimizer.state_dict() for optimizer in (adamw, *muon)], "phase": phase, "losses": losses,
-                "seconds": seconds, "progress": progress(), "predicts": diffusion.predicts, "device": accelerator.device.type})
+    def save() -> str:
+        nonlocal lowest
+        if checkpoint is None or not accelerator.is_main_process:
+            return ""
+        level = statistics.fmean(losses[-window:]) if losses else math.inf
+        best, lowest = level < lowest, min(level, lowest)
+        return run.save(checkpoint, {
+            "models": models.state_dict(), "average": average.state_dict(), "index": clock.index, "phase": phase, "losses": losses,
+            "optimizers": [optimizer.state_dict() for optimizer, _ in adaptive], "seconds": clock.seconds, "progress": clock.progress,
+            "predicts": diffusion.predicts, "smooth": smooth, "quartiles": quartiles, "lowest": lowest, "pieces": pieces, "halved": halved,
+        } | {name: other.state_dict() for name, other in others.items()}, keep, best)
 
-    def progress():
-        return max(index / steps, seconds / (60 * minutes) if minutes else 0.0)
-
-    start, seconds, saved_at, first = time.perf_counter(), before, before, index
-    smooth = statistics.fmean(losses[-100:]) if losses else None
-    seen, batches, quartiles = 0, endless(loader, index), (math.nan,) * 4
-    while progress() < 1:
-        pictures, captions = next(batches)
-        x0 = pictures.to(accelerator.device, non_blocking=True).float()     # [B, C, H, W]
-        if pictures.dtype == torch.uint8:                                   # latents are floats already
-            x0 = x0 / 127.5 - 1
-        t = timesteps(len(x0), len(diffusion), generator)                   # [B]
-        context = mask = None
-        models.train()
+    def learn(pictures, captions):
+        """The loss of each picture of a batch, its timestep and its weight, [B] each; the gradient of their mean is left in the weights."""
+        for weight in weights:
+            weight.grad = None
+        generator.manual_seed(number_of(seed, clock.index))
+        count = len(pictures)
+        mine, parts = slice(process * count, (process + 1) * count), -(-count // pieces)
+        t = timesteps(count * processes, len(diffusion), generator)[mine]                   # [B]
+        dropped = torch.rand(count * processes, generator=generator, device=device)[mine] < caption_dropout
         if encoder is not None:
-            dropped = torch.rand(len(x0), generator=generator, device=generator.device) < caption_dropout
-            context, mask = encoder(["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)])
-        each = diffusion.loss(network, x0, t, context, mask, generator)     # [B]
-        loss = (timesteps.reweighted(t, each) if hasattr(timesteps, "reweighted") else each).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {index}; a lower learning_rate than {learning_rate} may help")
-        factor = min(1, (index + 1) / max(warmup, 1)) * min(1, (1 - progress()) / max(decay, 1e-9))
-        optimizers, rate = ([adamw, *muon], factor * learning_rate) if phase == "adamw" else ([sgd], sgd_learning_rate)
-        for optimizer, peak in zip([adamw, *muon], (learning_rate, muon_learning_rate)):
-            for group in optimizer.param_groups:
-                group["lr"] = factor * peak
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(weights, clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        follow = 1 - min(ema, (1 + index) / (10 + index))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in models.parameters()], follow)
-        losses.append(loss.item())
-        quartiles = by_quartile(quartiles, each.detach(), t, len(diffusion))
-        smooth = losses[-1] if smooth is None else 0.98 * smooth + 0.02 * losses[-1]
-        index, seen, seconds = index + 1, seen + len(x0), before + time.perf_counter() - start
-        taken = phase
-        if phase == "adamw" and index % 100 == 0 and stopped_falling(losses, window):
-            phase = "sgd"
-        if seconds - saved_at > save_seconds:
-            save()
-            saved_at = seconds
-        paused = time.perf_counter()
-        yield TrainingStep(index - 1, losses[-1], smooth, rate, taken,
-                           seen / max(seconds - before, 1e-9), seconds, min(progress(), 1.0), average["network"],
-                           average["encoder"] if "encoder" in average else None, quartiles)
-        start += time.perf_counter() - paused                               # the caller's time is not training time
-    if index > first:
-        save()
+            captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
+        weight = timesteps.weights(t).to(device) if hasattr(timesteps, "weights") else torch.ones(count, device=device)
+        torch.randn(process * count, *pictures.shape[1:], generator=generator, device=device)       # the noise of those before us
+        each, context, mask = [], None, None
+        with chance(number_of(seed, clock.index, process)):
+            for part in (slice(first, first + parts) for first in range(0, count, parts)):
+                x0 = pictures[part].to(device, non_blocking=True).float()   # [P, C, H, W]
+                if pictures.dtype == torch.uint8:                           # latents are floats already
+                    x0 = x0 / 127.5 - 1
+                with accelerator.autocast():
+                    if encoder is not None:
+                        context, mask = encoder(captions[part])             # [P, L, D], [P, L]
+                    each.append(diffusion.loss(ask, x0, t[part], context, mask, generator))         # [P]
+                share = (each[-1] * weight[part].to(x0)).sum() / count
+                (share if scaler is None else scaler.scale(share)).backward()
+                each[-1] = each[-1].detach()
+        return torch.cat(each), t, weight
+
+    first, data = clock.index, endless(loader, clock.index, process, processes)
+    while clock.progress < 1:
+        (pictures, captions), index, note = next(data), clock.index, ""
+        models.train()
+        found = learn(pictures, captions) if halved else unless_out_of_memory(learn, pictures, captions)
+        if not halved and run.anywhere(accelerator, found is None):
+            pieces, halved = 2 * pieces, True
+            note = run.tell(accelerator, f"memory ran out at step {index}; from here on the {len(pictures)} pictures of a batch go through "
+                            f"the network in {pieces} pieces, whose gradients add up")
+            found = learn(pictures, captions)
+        each, t, weight = found
+        run.average_gradients(accelerator, weights)
+        optimizers, taken = (adaptive if phase == "adamw" else settling), phase
+        for optimizer, _ in optimizers if scaler is not None else ():
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(weights, clip)
+        loss, norm, seconds = run.in_common(accelerator, (each * weight).mean(), norm, clock.now())
+        run.set_rates(adaptive, clock.factor(warmup, decay) * guard.lower)
+        run.set_rates(settling, guard.lower)
+        rate = optimizers[0][0].param_groups[0]["lr"]
+        if not (wrong := guard.wrong_with(loss, norm, losses)):
+            for optimizer, _ in optimizers:
+                optimizer.step() if scaler is None else scaler.step(optimizer)
+            run.follow(average, models, index, ema)
+            losses.append(loss)
+            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
+            quartiles = by_quartile(quartiles, each, t, len(diffusion))
+            if hasattr(timesteps, "remember"):
+                timesteps.remember(*(accelerator.gather(value) for value in (t, each)))
+            guard.took(index, average, losses)
+        elif scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1:
+            guard.skipped += 1                                              # fp16 overflowed, and the scaler takes a smaller scale
+        else:
+            note = f"step {index} is skipped: {wrong}"
+            if guard.skips(f"{wrong} at step {index}", index):
+                back = guard.rescue(models, average, [optimizer for optimizer, _ in adaptive]) if losses else ""
+                if not back:
+                    raise FloatingPointError(run.why(guard, learning_rate, checkpoint))
+                note = f"{note}, the {patience}th in a row: {back}"
+            run.tell(accelerator, note)
+        if scaler is not None:
+            scaler.update()
+        clock.tick(len(pictures) * processes, seconds if processes > 1 else None)
+        if phase == "adamw" and clock.index % 100 == 0 and settled(losses, window):
+            phase, note = "sgd", f"the loss has stopped falling after step {index}: SGD at {sgd_learning_rate:g} takes over from AdamW"
+        if not guard.in_a_row and clock.time_to_save():
+            note = run.tell(accelerator, save()) or note
+        with clock.stopped():                                               # the caller's time is not training time
+            yield TrainingStep(index, loss, smooth, rate, taken, clock.pictures_per_second, clock.seconds, clock.progress, average["network"],
+                               average["encoder"] if encoder is not None else None, quartiles, norm, guard.skipped, note)
+    if not losses:
+        raise FloatingPointError(run.why(guard, learning_rate, checkpoint))
+    if clock.index > first:
+        run.tell(accelerator, save())
+    accelerator.wait_for_everyone()
