@@ -40,7 +40,7 @@ def number_of(*parts) -> int:
 
 @contextlib.contextmanager
 def chance(number: int) -> Iterator[None]:
-    """Inside, the generators of torch (CPU and, if it is in use, CUDA), numpy and Python begin at `number`; afterwards they are as before."""
+    """Inside, the generators of torch (CPU and, if it is in use, CUDA), numpy and Python begin at `number`; then they are as before."""
     cuda = torch.cuda.is_initialized()
     before = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None, np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(number)
@@ -120,8 +120,8 @@ def batches(dataset, batch_size: int, workers: int | None = None, collate=None, 
 
 
 def endless(loader: Iterable, start: int = 0, process: int = 0, processes: int = 1) -> Iterator:
-    """The loader's batches, epoch after epoch; of a loader by `batches` those from step `start` on, and of them the share of number `process`
-    of `processes`. Raises ValueError if it gives none."""
+    """The loader's batches, epoch after epoch; of a loader by `batches` those from step `start` on, and of them the share of number
+    `process` of `processes`. Raises ValueError if it gives none."""
     order = getattr(loader, "batch_sampler", None)
     if isinstance(order, Shuffled):
         order.first, order.process, order.processes = 0, process, processes

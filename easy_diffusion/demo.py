@@ -134,7 +134,7 @@ def look_at(autoencoder: Autoencoder, path: Path, size: int, count: int = 12) ->
 
 def training(network, encoder, diffusion, store, checkpoint: Path | None, minutes: float):
     """The demo's training, as a generator of steps."""
-    return train(network, diffusion, batches(store, BATCH), encoder, minutes=minutes, steps=10 ** 7, checkpoint=checkpoint,
+    return train(network, diffusion, batches(store, BATCH), encoder, minutes=minutes, steps=10 ** 7, checkpoint=checkpoint, keep=1,
                  save_seconds=min(30, 3 * minutes), **TRAINING)
 
 

@@ -243,8 +243,8 @@ class ImportanceTimesteps:
     """Timesteps drawn as often as their share of the bound's noise asks: p_t ∝ sqrt(E[L_t²]), each loss divided by T p_t, so
     that the mean stays what it is and its variance falls (Nichol & Dhariwal 2021, eq. 18). Made for the bound, see `vlb`.
 
-    Until each t has been drawn `history` times, all are as likely. train() calls it for the timesteps, asks for their `weights`, and tells it
-    what the losses were, to `remember`.
+    Until each t has been drawn `history` times, all are as likely. train() calls it for the timesteps, asks for their `weights`, and tells
+    it what the losses were, to `remember`.
     """
 
     def __init__(self, steps: int, history: int = 10):

@@ -119,14 +119,10 @@ class Clock:
         self.started += time.perf_counter() - paused
 
 
-class Trouble(UserWarning):
-    """What a run has met and survived."""
-
-
 def tell(accelerator, sentence: str) -> str:
     """The sentence, which the first process also says as a warning."""
     if sentence and accelerator.is_main_process:
-        warnings.warn(sentence, Trouble, stacklevel=3)
+        warnings.warn(sentence, stacklevel=3)
     return sentence
 
 

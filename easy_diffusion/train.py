@@ -109,9 +109,9 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     after a break where it was, and in several processes gives each its share. encoder, if given, is trained with the network.
 
     learning_rate, decay, weight_decay: AdamW's, the share of the run over which the rate falls to zero. muon_learning_rate: if given, Muon
-    trains the matrices, AdamW only the rest. phase: with what to begin; "adamw" gives way to "sgd" as soon as settled(losses, window), which
-    is asked every 100 steps, is true. timesteps: (batch, T, generator) → [batch], int64, or float in [0, 1] where time is continuous; one
-    with methods `weights` and `remember` weighs the losses, too. pieces: parts of a batch that go through the network one after the other.
+    trains the matrices, AdamW only the rest. phase: with what to begin; "adamw" gives way to "sgd" as soon as settled(losses, window),
+    which is asked every 100 steps, is true. timesteps: (batch, T, generator) → [batch], int64, or float in [0, 1] where time is continuous;
+    one with methods `weights` and `remember` weighs the losses, too. pieces: parts of a batch that go through the network one by one.
     patience, spike: Guard's.
 
     checkpoint: a path, written every save_seconds seconds and at the end; if it is there already, the run goes on from it. keep: how many
@@ -241,8 +241,9 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         if not guard.in_a_row and clock.time_to_save():
             note = run.tell(accelerator, save()) or note
         with clock.stopped():                                               # the caller's time is not training time
-            yield TrainingStep(index, loss, smooth, rate, taken, clock.pictures_per_second, clock.seconds, clock.progress, average["network"],
-                               average["encoder"] if encoder is not None else None, quartiles, norm, guard.skipped, note)
+            heard = average["encoder"] if encoder is not None else None
+            yield TrainingStep(index, loss, smooth, rate, taken, clock.pictures_per_second, clock.seconds, clock.progress,
+                               average["network"], heard, quartiles, norm, guard.skipped, note)
     if not losses:
         raise FloatingPointError(run.why(guard, learning_rate, checkpoint))
     if clock.index > first:

@@ -7,7 +7,7 @@ keeps the latents near N(0, I), and `measure_latents` finds what scale and shift
 
 A broken run goes on where it was: weights, both optimizers, the average, the generator, and, with a loader of `batches`, the place within
 the epoch. On a CPU the weights are then those of an unbroken run, to the bit. The file needs torch, accelerate and, beside it, batches.py,
-checkpoint.py, muon.py, train.py and autoencoder_loss.py; its example also autoencoder.py and blocks.py.
+checkpoint.py, muon.py, run.py and autoencoder_loss.py; its example also autoencoder.py and blocks.py.
 
 >>> from .autoencoder import Autoencoder
 >>> pictures = [(torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8), ["红", "绿", "蓝", "白"])]
@@ -18,20 +18,17 @@ checkpoint.py, muon.py, train.py and autoencoder_loss.py; its example also autoe
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from . import checkpoint as files
+from . import run
 from .autoencoder_loss import PatchDiscriminator, adaptive_weight, discriminator_loss, structure_loss
 from .batches import endless
-from .muon import Muon
-from .train import fast_precision
 
 
 class AutoencoderStep(NamedTuple):
@@ -66,17 +63,13 @@ def train_autoencoder(autoencoder, loader, *, steps: int = 100_000, minutes: flo
     finite. It trains in one process, in full precision or bfloat16. A run that is finished yields nothing; what came out of it stands in
     the checkpoint, under "models", "average".
     """
-    if steps < 1 or (minutes is not None and minutes <= 0):
-        raise ValueError(f"a training takes at least a step and some time, not steps={steps}, minutes={minutes}")
-    accelerator = accelerator or Accelerator(mixed_precision=None if AcceleratorState._shared_state else fast_precision())
+    clock, accelerator = run.Clock(steps, minutes, save_seconds), accelerator or run.default_accelerator()
     if accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16":
         raise ValueError(f"one process, and mixed precision bf16 or no; not {accelerator.num_processes} and {accelerator.mixed_precision}")
     device, average = accelerator.device, copy.deepcopy(autoencoder).requires_grad_(False).eval().to(accelerator.device)
     weights, last = list(autoencoder.parameters()), autoencoder.decoder.conv_out.weight
-    matrices = [weight for weight in weights if weight.ndim > 1] if muon_learning_rate else []
-    others = [weight for weight in weights if weight.ndim < 2] if muon_learning_rate else weights
-    optimizers = [torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)]
-    optimizers += [Muon(matrices, muon_learning_rate, weight_decay=weight_decay)] if matrices else []
+    rated = run.optimizers_of(weights, learning_rate, muon_learning_rate, weight_decay)
+    optimizers = [optimizer for optimizer, _ in rated]
     models, judges = {"autoencoder": autoencoder, "average": average}, []
     autoencoder, *optimizers = accelerator.prepare(autoencoder, *optimizers)
     perceptual = perceptual.to(device) if isinstance(perceptual, torch.nn.Module) else perceptual
@@ -86,9 +79,9 @@ def train_autoencoder(autoencoder, loader, *, steps: int = 100_000, minutes: flo
             discriminator, torch.optim.AdamW(discriminator.parameters(), discriminator_learning_rate, betas=(0.5, 0.9)))
     if isinstance(loader, torch.utils.data.DataLoader):
         loader = accelerator.prepare(loader)
-    generator, index, before = torch.Generator(device).manual_seed(seed), 0, 0.0
+    generator = torch.Generator(device).manual_seed(seed)
     if checkpoint is not None and Path(checkpoint).exists():
-        saved = files.load(checkpoint)
+        saved = files.load_newest(checkpoint)
         if not isinstance(saved, dict) or not {"autoencoder", "average"} <= saved.get("models", {}).keys():
             raise ValueError(f"{checkpoint} is a checkpoint, but not one of an autoencoder's training")
         if len(saved["optimizers"]) != len(optimizers + judges) or saved["models"].keys() != models.keys():
@@ -100,26 +93,23 @@ def train_autoencoder(autoencoder, loader, *, steps: int = 100_000, minutes: flo
             optimizer.load_state_dict(state)
         if saved["device"] == device.type:
             generator.set_state(saved["generator"])
-        index, before = saved["index"], saved["seconds"]
-
-    def progress():
-        return max(index / steps, seconds / (60 * minutes) if minutes else 0.0)
+        clock.start(saved["index"], saved["seconds"])
+    else:
+        clock.start()
 
     def save():
-        if checkpoint is not None and accelerator.is_main_process:
-            files.save(checkpoint, {"models": {name: model.state_dict() for name, model in models.items()}, "index": index,
-                                    "optimizers": [optimizer.state_dict() for optimizer in optimizers + judges], "seconds": seconds,
-                                    "progress": progress(), "generator": generator.get_state(), "device": device.type})
+        if checkpoint is not None:
+            run.tell(accelerator, run.save(checkpoint, {
+                "models": {name: model.state_dict() for name, model in models.items()}, "index": clock.index, "seconds": clock.seconds,
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers + judges], "progress": clock.progress,
+                "generator": generator.get_state(), "device": device.type}))
 
-    start, seconds, saved_at, first, seen, batches = time.perf_counter(), before, before, index, 0, endless(loader, index)
-    while progress() < 1:
+    first, batches = clock.index, endless(loader, clock.index)
+    while clock.progress < 1:
         pictures, _ = next(batches)
         x = pictures.to(device, non_blocking=True).float() / 127.5 - 1      # [B, C, H, W] in [-1, 1]
-        factor = min(1, (index + 1) / max(warmup, 1)) * min(1, (1 - progress()) / max(decay, 1e-9))
-        rates = [factor * learning_rate, factor * muon_learning_rate] if matrices else [factor * learning_rate]
-        for optimizer, rate in zip(optimizers + judges, [*rates, discriminator_learning_rate]):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        run.set_rates(rated, clock.factor(warmup, decay))
+        run.set_rates([(judge, discriminator_learning_rate) for judge in judges], 1.0)
         autoencoder.train()
         y, posterior = autoencoder(x, generator)                            # [B, C, H, W]
         terms = {"reconstruction": (x - y).abs().mean(), "kl": posterior.kl().mean() / x[0].numel()}
@@ -130,30 +120,28 @@ def train_autoencoder(autoencoder, loader, *, steps: int = 100_000, minutes: flo
         if perceptual is not None:
             terms["perceptual"] = perceptual(x, y).mean()
             loss = loss + perceptual_weight * terms["perceptual"]
-        judging = discriminator is not None and progress() >= discriminator_from
+        judging = discriminator is not None and clock.progress >= discriminator_from
         if judging:
             discriminator.requires_grad_(False)
             terms["adversarial"] = -discriminator(y).mean()
             terms["lambda"] = adaptive_weight(loss, terms["adversarial"], last)
             loss = loss + adversarial * terms["lambda"] * terms["adversarial"]
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {index}; a lower learning_rate than {learning_rate} may help")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {clock.index}; a lower learning_rate than {learning_rate} may "
+                                     "help")
         _descend(accelerator, loss, weights, optimizers, clip)
         if judging:
             discriminator.requires_grad_(True).train()
             terms["discriminator"] = discriminator_loss(discriminator(x), discriminator(y.detach()))
             _descend(accelerator, terms["discriminator"], discriminator.parameters(), judges, clip)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in weights], 1 - min(ema, (1 + index) / (10 + index)))
-        index, seen, seconds = index + 1, seen + len(x), before + time.perf_counter() - start
-        if seconds - saved_at > save_seconds:
+        run.follow(average, autoencoder, clock.index, ema)
+        clock.tick(len(x))
+        if clock.time_to_save():
             save()
-            saved_at = seconds
-        paused = time.perf_counter()
-        yield AutoencoderStep(index - 1, loss.item(), {name: term.item() for name, term in terms.items()},
-                              seen / max(seconds - before, 1e-9), seconds, min(progress(), 1.0), average)
-        start += time.perf_counter() - paused                               # the caller's time is not training time
-    if index > first:
+        with clock.stopped():                                               # the caller's time is not training time
+            yield AutoencoderStep(clock.index - 1, loss.item(), {name: term.item() for name, term in terms.items()},
+                                  clock.pictures_per_second, clock.seconds, clock.progress, average)
+    if clock.index > first:
         save()
 
 

@@ -1,8 +1,13 @@
+import multiprocessing
+import os
+import resource
+import signal
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from easy_diffusion.checkpoint import load, load_into, save
+from easy_diffusion.checkpoint import load, load_into, load_newest, name_too, save
 
 
 def test_a_tree_comes_back_as_it_was(tmp_path):
@@ -76,3 +81,49 @@ def test_what_a_killed_process_left_goes_with_the_next_writing(tmp_path):
     (tmp_path / "a.writing" / ".tmpXYZ").write_bytes(b"half a file")       # safetensors writes under a name of its own, too
     save(tmp_path / "a", {"step": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and load(tmp_path / "a") == {"step": 1}
+
+
+def test_the_last_ones_stay_and_take_each_others_place(tmp_path):
+    for step in range(5):
+        save(tmp_path / "a", {"step": step}, keep=3)
+    assert {path.name: load(path)["step"] for path in tmp_path.iterdir()} == {"a": 4, "a.1": 3, "a.2": 2}
+    name_too(tmp_path / "a", tmp_path / "a.best")
+    save(tmp_path / "a", {"step": 5}, keep=3)
+    assert load(tmp_path / "a.best") == {"step": 4} and load(tmp_path / "a") == {"step": 5}
+
+
+def test_a_checkpoint_cut_in_half_gives_way_to_the_one_before_and_does_not_push_it_out(tmp_path):
+    for step in range(3):
+        save(tmp_path / "a", {"step": step, "weights": torch.zeros(1000)}, keep=3)
+    for name in ("a", "a.1"):                                               # the newest two
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:len(content) // 2])
+        with pytest.warns(UserWarning, match=r"a is damaged.*goes on from the checkpoint before it, .*a\.[12]$"):
+            assert load_newest(tmp_path / "a")["step"] == (1 if name == "a" else 0)
+    save(tmp_path / "a", {"step": 9}, keep=3)
+    assert load(tmp_path / "a")["step"] == 9 and load(tmp_path / "a.2")["step"] == 0
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="a is damaged"):
+        load_newest(tmp_path / "a")
+
+
+def full_disk(path):
+    """In a process of its own: files cannot grow beyond 10 kB, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    try:
+        save(path, {"step": 2, "weights": torch.zeros(100_000)}, keep=2)
+    except OSError:
+        os._exit(3)
+    os._exit(0)
+
+
+def test_a_disk_that_is_really_full_leaves_everything_as_it_was(tmp_path):
+    save(tmp_path / "a", {"step": 0}, keep=2)
+    save(tmp_path / "a", {"step": 1}, keep=2)
+    process = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork").Process(target=full_disk, args=(tmp_path / "a",))
+    process.start()
+    process.join()
+    assert process.exitcode == 3
+    assert {path.name: load(path)["step"] for path in tmp_path.iterdir()} == {"a": 1, "a.1": 0}

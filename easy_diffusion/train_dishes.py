@@ -1,0 +1,259 @@
+"""Train a network on any of the datasets, by one command: python -m easy_diffusion.train_dishes --minutes 10
+
+Without --data it draws dishes with Chinese names; --data takes a folder of photographs (a folder for each name), a store that
+`python -m datasets.aipos_lmdb` or `pokemon_lmdb` has written, or one of latents, with --autoencoder to look at them. Without a network's
+options it is the demo's. Several GPUs, machines, or processes of a CPU:
+
+    accelerate launch --multi_gpu -m easy_diffusion.train_dishes --batch-size 32
+    accelerate launch --cpu --num_processes 2 -m easy_diffusion.train_dishes
+
+Each process then takes --batch-size pictures a step. Into --out it writes
+
+    model.safetensors      all that the run must remember: killed, it goes on; .1, .2 are those before, .best that of the lowest loss
+    log.csv                the loss (and that of each quarter of the schedule), the rates, the speed; pandas reads it
+    samples.png            what the network draws of names it was trained on and, of drawn dishes, of names it was not
+    board/                 for TensorBoard, with --tensorboard
+
+This file is a roof like demo.py: it imports from everywhere, and nothing imports it but notebooks and benchmarks.
+
+>>> options = parsed(["--channels", "32", "64", "--minutes", "3"])
+>>> options.channels, options.minutes, options.batch_size
+([32, 64], 3.0, 32)
+"""
+
+import argparse
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from datasets import lmdb_store
+from datasets.aipos import AiposFood
+from datasets.aipos_lmdb import AiposFoodLmdb
+from datasets.caption_states import StoredStates, write_states
+from datasets.dish_shapes import INGREDIENTS
+from datasets.dishes import WAYS, attributes, dish_names
+from datasets.latents_lmdb import LatentLmdb
+
+from . import checkpoint as files
+from . import demo
+from .animate import contact_sheet, write_png
+from .batches import batches
+from .diffusion import GaussianDiffusion, ImportanceTimesteps, logit_normal_timesteps, min_snr_weight, velocity_weight
+from .guard import largest_batch
+from .latent import fingerprint, load_autoencoder
+from .metrics import Reader, share
+from .run import fast_precision
+from .schedule import NoiseSchedule
+from .text import CharacterEncoder, CnClipEncoder
+from .train import train, uniform_timesteps
+from .unet import UNet
+from .watch import watched
+
+TIMESTEPS = {"logit-normal": lambda steps: logit_normal_timesteps, "uniform": lambda steps: uniform_timesteps,
+             "importance": ImportanceTimesteps}
+WEIGHTS = {"velocity": velocity_weight, "min-snr": min_snr_weight, "none": None}
+
+
+def parsed(arguments=None) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="python -m easy_diffusion.train_dishes", description=__doc__.split("\n>>>")[0],
+                                     formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter,
+                                                                   argparse.RawDescriptionHelpFormatter), {}))
+    gpu = torch.cuda.is_available()
+
+    def add(name, kind, default, help, **more):
+        parser.add_argument(name, type=kind, default=default, help=help, **more)
+
+    def flag(name, help):
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=help)
+
+    add("--data", Path, None, "a folder of photographs, a store, or a store of latents; without it dishes are drawn")
+    add("--autoencoder", Path, None, "of latents: the file that encoded them, to decode what is drawn")
+    add("--dishes", int, demo.DISHES, "how many are drawn, where there is no --data")
+    add("--size", int, demo.SIZE, "side of drawn dishes and of photographs in pixels")
+    add("--out", Path, Path("out/train"), "the folder for all that is written")
+    add("--cn-clip", str, None, "a checkpoint of Chinese CLIP, which then reads the store's captions in place of an encoder that learns")
+
+    add("--channels", int, [64, 128], "of each level of the network", nargs="+")
+    add("--attention", int, [1], "the levels that have attention, counted from 0, the finest", nargs="*")
+    add("--blocks", int, 2, "residual blocks of each level")
+    add("--heads", int, 2, "of attention")
+    add("--patch", int, 0, "side of the squares of pixels that the network takes as one place; 0: 4 for pictures, 1 for latents")
+    add("--words", int, 128, "dimension of the encoder that learns")
+    flag("--checkpointing", "compute blocks a second time instead of keeping what they saw: a quarter of the memory, a fifth more time")
+
+    add("--schedule", str, "cosine", "of the noise", choices=("cosine", "linear", "quad", "jsd", "sigmoid"))
+    add("--predicts", str, "x0", "what the network is asked for", choices=("x0", "v", "noise"))
+    add("--weight", str, "velocity", "of the loss at each timestep", choices=tuple(WEIGHTS))
+    add("--timesteps", str, "logit-normal", "how they are drawn in training", choices=tuple(TIMESTEPS))
+    add("--caption-dropout", float, 0.1, "share of captions that become empty")
+
+    add("--minutes", float, 2.5 if gpu else 10.0, "of training; 0 for no limit but --steps")
+    add("--steps", int, 10 ** 7, "of training, at most")
+    add("--batch-size", lambda text: text if text == "auto" else int(text), demo.BATCH, "pictures of a step in each process; auto: as "
+        "many as fit into memory, at most 1024")
+    add("--pieces", int, 1, "parts of a batch that go through the network one after the other")
+    add("--workers", int, -1, "processes that read pictures; -1: none on a CPU, four with a GPU")
+    add("--learning-rate", float, 2e-3, "of AdamW")
+    add("--muon-learning-rate", float, 3e-3, "of Muon, for matrices; 0: AdamW trains them, too, and wants a smaller rate, such as 1e-4")
+    add("--sgd-learning-rate", float, 1e-6, "of SGD, which takes over when the loss has stopped falling")
+    add("--phase", str, "adamw", "with what to begin", choices=("adamw", "sgd"))
+    add("--window", int, 2000, "steps whose mean loss must be below that of as many before, by a standard error; else it no longer falls")
+    add("--warmup", int, 100, "steps over which the rate rises")
+    add("--decay", float, 0.5, "share of the run over which the rate falls to zero")
+    add("--weight-decay", float, 0.01, "of AdamW and Muon")
+    add("--ema", float, 0.998, "of the moving average")
+    add("--clip", float, 1.0, "length to which the gradient is cut")
+    add("--patience", int, 5, "steps in a row that may be skipped before the average of a while ago comes back")
+    add("--spike", float, 20.0, "how far above the last losses, in their deviations, a loss is a spike; inf: never")
+    add("--precision", str, fast_precision(), "of the network's arithmetic", choices=("no", "bf16", "fp16"))
+    flag("--compile", "torch.compile the network")
+    add("--seed", int, 0, "of the weights, the order and all chance")
+
+    add("--keep", int, 3, "checkpoints that stay; from 2 on also the best")
+    add("--save-seconds", float, 60.0, "between two checkpoints")
+    add("--every", int, 10, "steps between two rows of the log")
+    flag("--tensorboard", "write the log for TensorBoard, too")
+    add("--look-minutes", float, 2.0, "of training between two looks at samples; 0: none")
+    add("--guidance", float, 2.0, "of the samples")
+    add("--reader", Path, None, "a reader's file, such as benchmarks.fidelity leaves, that counts how many drawn samples are right")
+    options = parser.parse_args(arguments)
+    if options.tensorboard:
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            parser.error("--tensorboard needs the library: pip install tensorboard; log.csv has the same numbers without it")
+    if options.batch_size != "auto" and options.batch_size < 1:
+        parser.error(f"--batch-size is 1 or more, or auto, not {options.batch_size}")
+    if options.cn_clip and not options.data:
+        parser.error("--cn-clip keeps its states in a store: give one with --data")
+    return options
+
+
+def dataset_of(options, accelerator):
+    """(dataset, its captions, names to look at, autoencoder or None) of --data; dishes are drawn by the first process alone."""
+    with accelerator.main_process_first():
+        if options.data is None:
+            data = demo.prepare(options.out / f"dishes_{options.size}", options.dishes, options.size)
+            names = random.Random(0).sample(dish_names("train"), 6) + random.Random(0).sample(dish_names("held_out"), 6)
+            return data, dish_names("train") + names, names, None
+        autoencoder = load_autoencoder(options.autoencoder) if options.autoencoder else None
+        if not (options.data / "data.mdb").exists():
+            data = AiposFood(options.data, options.size)
+            captions = data.captions
+        elif lmdb_store.about_of(options.data) and b"latents" in lmdb_store.about_of(options.data):
+            data = LatentLmdb(options.data, fingerprint(autoencoder) if autoencoder else None)
+            captions = [data[i][1] for i in range(len(data))]
+        else:
+            data = AiposFoodLmdb(options.data)
+            captions = list(lmdb_store.captions(options.data))
+    captions = list(dict.fromkeys(captions))
+    return data, captions, random.Random(0).sample(captions, min(12, len(captions))), autoencoder
+
+
+def encoder_of(options, captions, accelerator):
+    """Who reads the captions: an encoder that learns, or what Chinese CLIP said of each, kept in the store."""
+    if not options.cn_clip:
+        return CharacterEncoder("".join(captions), dim=options.words, layers=2)
+    reader = CnClipEncoder(options.cn_clip)
+    with accelerator.main_process_first():
+        for _ in write_states(options.data, reader, reader.fingerprint()):
+            pass
+    return StoredStates(options.data, reader.fingerprint())
+
+
+def parts(options, shape, encoder):
+    """Network and diffusion for pictures, or latents, of this shape [C, H, W]."""
+    levels = range(len(options.channels))
+    network = UNet(shape[0], shape[0], channels=tuple(options.channels), attention=tuple(level in options.attention for level in levels),
+                   blocks=options.blocks, heads=options.heads, patch=options.patch or (4 if shape[0] == 3 else 1),
+                   context_dim=encoder.dim, pooled=True, checkpointing=options.checkpointing)
+    schedule = getattr(NoiseSchedule, options.schedule)(1000)
+    return network, GaussianDiffusion(schedule, options.predicts, loss_weight=WEIGHTS[options.weight])
+
+
+def looking(options, diffusion, names, size, autoencoder):
+    """A function step → {"fidelity": ...} that draws these names into samples.png; the share is that of drawings read right, if there is a
+    reader. Of latents without their autoencoder nothing can be seen."""
+    reader = None
+    if options.reader is not None:
+        reader = Reader(INGREDIENTS, WAYS)
+        files.load_into(reader, files.load(options.reader))
+
+    def look(step):
+        device = next(step.network.parameters()).device
+        if autoencoder is not None:
+            autoencoder.to(device)
+        pictures = demo.sample(step.network, step.encoder, diffusion, names, size, guidance=options.guidance, autoencoder=autoencoder)
+        write_png(options.out / "samples.png", contact_sheet([[picture] for picture in pictures], names, columns=6))
+        if reader is None:
+            return {}
+        reader.to(device)
+        right = reader.fully_right(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device), [attributes(name) for name in names])
+        return {"fidelity": share(right)}
+
+    return look
+
+
+def fitting_batch(options, data, captions, accelerator) -> int:
+    """--batch-size auto: the largest power of two with which a network like this one has enough memory for a training step."""
+    pictures = data[0][0]
+
+    def step(count):
+        encoder = CharacterEncoder("".join(captions), dim=options.words, layers=2)
+        network, diffusion = parts(options, pictures.shape, encoder)
+        loader = [(pictures.expand(count, *pictures.shape), [data[0][1]] * count)]
+        for _ in train(network, diffusion, loader, encoder, steps=2, pieces=options.pieces, accelerator=accelerator,
+                       muon_learning_rate=options.muon_learning_rate or None):
+            pass
+
+    count = min(largest_batch(step), 2 ** ((len(data) // accelerator.num_processes).bit_length() - 1))
+    if accelerator.num_processes > 1:                                       # all take what fits everywhere
+        count = -int(accelerator.reduce(torch.tensor(-float(count), device=accelerator.device), "max"))
+    return count
+
+
+def main(arguments=None) -> int:
+    """Train; see the module's docstring."""
+    options = parsed(arguments)
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    accelerator = Accelerator(mixed_precision=options.precision)
+    data, captions, names, autoencoder = dataset_of(options, accelerator)
+    if options.batch_size == "auto":
+        options.batch_size = fitting_batch(options, data, captions, accelerator)
+    torch.manual_seed(options.seed)
+    encoder = encoder_of(options, captions, accelerator)
+    shape = tuple(data[0][0].shape)
+    network, diffusion = parts(options, shape, encoder)
+    loader = batches(data, options.batch_size, None if options.workers < 0 else options.workers, seed=options.seed)
+    weights = sum(weight.numel() for weight in network.parameters())
+    accelerator.print(f"{len(data)} pictures {list(shape)}, {len(captions)} captions; {weights / 1e6:.1f} M weights; "
+                      f"{accelerator.num_processes} × {options.batch_size} pictures a step, {accelerator.device.type}, {options.precision}")
+    steps = train(network, diffusion, loader, encoder, steps=options.steps, minutes=options.minutes or None, pieces=options.pieces,
+                  learning_rate=options.learning_rate, muon_learning_rate=options.muon_learning_rate or None, window=options.window,
+                  sgd_learning_rate=options.sgd_learning_rate, phase=options.phase, warmup=options.warmup, decay=options.decay,
+                  weight_decay=options.weight_decay, ema=options.ema, caption_dropout=options.caption_dropout, clip=options.clip,
+                  timesteps=TIMESTEPS[options.timesteps](len(diffusion)), compile=options.compile, patience=options.patience,
+                  spike=options.spike, seed=options.seed, checkpoint=options.out / "model.safetensors", keep=options.keep,
+                  save_seconds=options.save_seconds, accelerator=accelerator)
+    if accelerator.is_main_process:
+        seen = options.look_minutes > 0 and (autoencoder is not None or shape[0] == 3)
+        size = shape[-1] * (autoencoder.factor if autoencoder is not None else 1)
+        steps = watched(steps, options.out / "log.csv", options.out / "board" if options.tensorboard else None, options.every,
+                        looking(options, diffusion, names, size, autoencoder) if seen else None, options.look_minutes or 1e9,
+                        looks=["fidelity"] if options.reader else [])
+    try:
+        for _ in steps:
+            pass
+    except FloatingPointError as error:
+        print(f"given up: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What a run tells while it works: a function from steps to steps, to be put around any training that yields them.
+
+    for step in watched(train(...), csv="out/run.csv", every=10): ...
+
+A bar shows the loss, pictures a second and the time that is left; sentences of the run stand above it. The CSV has a row every `every`
+steps, whose columns are the steps' numbers and whatever `look`, called now and then, returns; pandas reads it. A run that was killed and
+goes on takes out the rows after its checkpoint, and half rows, before it writes on: each step stands there once. With `tensorboard` the
+same numbers go to TensorBoard, too. The file needs tqdm and, for TensorBoard, torch and tensorboard.
+
+>>> import tempfile, os
+>>> from collections import namedtuple
+>>> Step = namedtuple("Step", "index loss smooth_loss seconds progress pictures_per_second note")
+>>> steps = (Step(i, 1 / (i + 1), 1 / (i + 1), float(i), (i + 1) / 4, 8.0, "") for i in range(4))
+>>> path = os.path.join(tempfile.mkdtemp(), "run.csv")
+>>> for step in watched(steps, csv=path, every=2, bar=False): pass
+>>> print(open(path).read().splitlines()[0])
+index,loss,smooth_loss,seconds,progress,pictures_per_second,note
+>>> [row["index"] for row in rows(path)]
+['0', '2', '3']
+"""
+
+import csv as table
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+def numbers_of(step) -> dict:
+    """A step's fields that are numbers or text, by name; those that are tuples of numbers as name_1, name_2, …"""
+    row = {}
+    for name, value in step._asdict().items():
+        if isinstance(value, (int, float, str)):
+            row[name] = value
+        elif isinstance(value, tuple):
+            row |= {f"{name.removesuffix('s')}_{i}": part for i, part in enumerate(value, 1)}
+        elif isinstance(value, dict):
+            row |= value
+    return row
+
+
+def rows(path) -> list[dict]:
+    """The whole rows of a CSV, as text; none where there is no file. A killed run may have left half a row at its end."""
+    if not Path(path).exists():
+        return []
+    text = Path(path).read_text("utf-8")
+    return list(table.DictReader(io.StringIO(text[:text.rfind("\n") + 1])))
+
+
+class Table:
+    """A CSV that a run writes and a later one goes on with, from step `first` on. columns: what there may be beside a step's own."""
+
+    def __init__(self, path, step: dict, columns: Iterable[str] = ()):
+        kept = [row for row in rows(path) if int(row["index"]) < step["index"]]
+        self.columns = list(dict.fromkeys([*(kept[0] if kept else ()), *step, *columns]))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(f"{path}.writing")
+        with open(beside, "w", newline="", encoding="utf-8") as file:
+            writer = table.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(kept)
+        beside.replace(path)
+        self.file = open(path, "a", newline="", encoding="utf-8")
+        self.writer = table.DictWriter(self.file, self.columns, extrasaction="ignore")
+
+    def write(self, row: dict) -> None:
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+def tensorboard_writer(folder):
+    """TensorBoard's writer into a folder. Raises ModuleNotFoundError, saying what to install, where the library is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(f"TensorBoard is not installed: `pip install tensorboard`, or leave it out; the CSV has the same numbers "
+                                  f"({error})") from error
+    return SummaryWriter(str(folder))
+
+
+def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: Callable | None = None, look_minutes: float = 2.0,
+            looks: Iterable[str] = (), bar: bool = True, description: str = "training") -> Iterator:
+    """The same steps, with a bar, a CSV and TensorBoard beside them. steps: NamedTuples with index, loss or smooth_loss, seconds, progress
+    and pictures_per_second, such as train's and train_autoencoder's.
+
+    csv, tensorboard: a file and a folder, None for none. look: step → {name: number}, called every look_minutes minutes of training and at
+    the end, to draw samples or to measure; looks: the names that it may return. Where the disk is full a sentence says so, and the training
+    goes on without what could not be written.
+    """
+    board, log, looked, told, steps = tensorboard_writer(tensorboard) if tensorboard else None, None, None, set(), iter(steps)
+    with tqdm(total=100, desc=description, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}", disable=not bar) as line:
+        while True:
+            with warnings.catch_warnings(record=True) as warned:
+                step = next(steps, None)
+            sentences = [str(warning.message) for warning in warned] + [getattr(step, "note", "")]
+            for sentence in dict.fromkeys(sentences):                       # above the bar, and each once
+                if sentence and sentence not in told:
+                    line.write(sentence)
+                told.add(sentence)
+            if step is None:
+                break
+            row, last = numbers_of(step), step.progress >= 1
+            looked = step.seconds if looked is None else looked
+            left, loss = step.seconds * (1 / max(step.progress, 1e-9) - 1), row.get("smooth_loss", row["loss"])
+            line.set_postfix_str(f"step {step.index}, loss {loss:.4f}, {step.pictures_per_second:.0f} pictures/s, {left / 60:.1f} min left",
+                                 refresh=False)
+            line.update(100 * step.progress - line.n)
+            due = last or step.seconds > looked + 60 * look_minutes
+            try:
+                if look is not None and due:
+                    looked = step.seconds
+                    row |= look(step)
+                if step.index % every == 0 or due or row.get("note"):
+                    if csv is not None:
+                        log = log or Table(csv, row, looks)
+                        log.write(row)
+                    for name, value in row.items() if board is not None else ():
+                        if isinstance(value, (int, float)):
+                            board.add_scalar(name, value, step.index)
+            except OSError as error:
+                line.write(f"step {step.index} could not be written down, and the training goes on: {error}")
+            yield step
+    for each in (log and log.file, board):
+        if each:
+            each.close()
