@@ -122,7 +122,8 @@ def full_disk(path):
 def test_a_disk_that_is_really_full_leaves_everything_as_it_was(tmp_path):
     save(tmp_path / "a", {"step": 0}, keep=2)
     save(tmp_path / "a", {"step": 1}, keep=2)
-    process = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork").Process(target=full_disk, args=(tmp_path / "a",))
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    process = context.Process(target=full_disk, args=(tmp_path / "a",))
     process.start()
     process.join()
     assert process.exitcode == 3

@@ -1,10 +1,13 @@
+import math
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
+from easy_diffusion import checkpoint as files
 from easy_diffusion import flow_matching
 from easy_diffusion.batches import batches
 from easy_diffusion.checkpoint import load
@@ -13,7 +16,7 @@ from easy_diffusion.samplers import ddim
 from easy_diffusion.schedule import NoiseSchedule
 from easy_diffusion.score_sde import VarianceExploding, uniform_time
 from easy_diffusion.text import CharacterEncoder
-from easy_diffusion.train import by_quartile, fast_precision, stopped_falling, train
+from easy_diffusion.train import by_quartile, fast_precision, stopped_falling, train, uniform_timesteps
 from easy_diffusion.unet import UNet
 
 DIFFUSION = GaussianDiffusion(NoiseSchedule.cosine(100), predicts="v")
@@ -213,3 +216,215 @@ def test_captions_are_dropped_at_the_rate_asked_for():
     loader = torch.utils.data.DataLoader(Bright(), 16)
     list(train(network, DIFFUSION, loader, Encoder("红黑", dim=32, layers=1), steps=60, caption_dropout=0.3, accelerator=Accelerator()))
     assert len(seen) == 960 and 0.24 < seen.count("") / 960 < 0.36         # standard error 0.015
+
+
+class Ill(GaussianDiffusion):
+    """At these steps the loss is what `of` makes of it; clock: the caller counts the steps."""
+
+    def __init__(self, steps, of=lambda loss: loss * float("nan")):
+        super().__init__(NoiseSchedule.cosine(100), predicts="v")
+        self.steps, self.of, self.index = set(steps), of, 0
+
+    def loss(self, *arguments):
+        loss, self.index = super().loss(*arguments), self.index + 1
+        return self.of(loss) if self.index - 1 in self.steps else loss
+
+
+def finite(module):
+    return all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(wrong):
+    with pytest.warns(UserWarning, match="step 4 is skipped: the loss is "):
+        steps = list(run(diffusion=Ill({4}, lambda loss: loss * wrong)))
+    assert [s.skipped for s in steps] == [0] * 4 + [1] * 8 and finite(steps[-1].network)
+    assert [math.isfinite(s.loss) for s in steps] == [True] * 4 + [False] + [True] * 7
+    assert all(math.isfinite(s.smooth_loss) for s in steps) and steps[4].note.startswith("step 4 is skipped")
+
+
+def test_a_picture_that_is_not_finite_costs_one_step_and_changes_no_weight():
+    class Latents(Bright):
+        def __getitem__(self, i):
+            return torch.full((3, 8, 8), float("nan") if i == 3 else 0.5), "红"
+    network, encoder = parts()
+    before = []
+    with pytest.warns(UserWarning, match="is skipped"):
+        for step in train(network, DIFFUSION, batches(Latents(), 4), encoder, steps=12, accelerator=Accelerator(mixed_precision="no")):
+            state = [parameter.detach().clone() for parameter in network.parameters()]
+            assert not before or math.isfinite(step.loss) or all(torch.equal(a, b) for a, b in zip(before, state))
+            before = state
+    assert step.skipped == 3 and finite(network) and finite(step.network)  # once an epoch of four steps
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too():
+    network, encoder = parts()
+    seen = []
+
+    def spoiled(gradient):
+        seen.append(1)
+        return gradient * float("inf") if len(seen) == 3 else gradient
+    network.conv_in.weight.register_hook(spoiled)
+    with pytest.warns(UserWarning, match="step 2 is skipped: the length of the gradient is nan|inf"):
+        steps = list(train(network, DIFFUSION, batches(Bright(), 5), encoder, steps=6, accelerator=Accelerator(mixed_precision="no")))
+    assert [s.skipped for s in steps] == [0, 0, 1, 1, 1, 1] and math.isfinite(steps[2].loss) and finite(network)
+
+
+def test_a_spike_is_skipped():
+    with pytest.warns(UserWarning, match="step 110 is skipped: the loss is .* after .* on average over 100 steps"):
+        steps = list(run(steps=115, diffusion=Ill({110}, lambda loss: 1000 * loss)))
+    assert steps[-1].skipped == 1 and steps[110].loss > 100 and steps[-1].smooth_loss < 2
+
+
+def test_ten_in_a_row_bring_back_the_average_of_a_while_ago_at_a_lower_rate():
+    kept = {}
+    with pytest.warns(UserWarning, match="the 5th in a row: back to the average of step 100, at 0.5 of the learning rate"):
+        for step in run(steps=140, decay=0, diffusion=Ill(range(120, 130))):
+            if step.index in (100, 119, 129, 130):
+                kept[step.index] = step.network.conv_in.weight.detach().clone(), step.learning_rate
+    assert step.skipped == 10 and finite(step.network) and not torch.equal(kept[100][0], kept[119][0])
+    assert torch.equal(kept[129][0], kept[100][0])                          # the second time as the first
+    assert kept[119][1] == pytest.approx(1e-3) and kept[130][1] == pytest.approx(0.25e-3)
+
+
+def test_a_run_that_cannot_be_saved_stops_with_the_reason_and_its_last_good_checkpoint(tmp_path):
+    with pytest.warns(UserWarning, match="back to the average"), \
+            pytest.raises(FloatingPointError, match=r"the loss is nan at step 45; 20 steps were skipped, 5 of them in a row, and 3 times .*"
+                                                    r"last good checkpoint is .*c\.safetensors"):
+        list(run(tmp_path / "c.safetensors", steps=100, save_seconds=0, diffusion=Ill(range(30, 100))))
+    saved = load(tmp_path / "c.safetensors")
+    assert saved["index"] >= 30 and all(torch.isfinite(tensor).all() for tensor in saved["models"].values())
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0.*there is no checkpoint"):
+        list(run(steps=100, diffusion=Ill(range(100))))
+
+
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_in_pieces_a_batch_teaches_the_same(pieces):
+    """Five pictures as 3 and 2, and one by one; what is different is the order in which numbers are added."""
+    *_, whole = run()
+    *_, parts = run(pieces=pieces)
+    for a, b in zip(whole.network.parameters(), parts.network.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    assert whole.loss == pytest.approx(parts.loss, rel=1e-4)
+
+
+def test_out_of_memory_is_met_once_by_pieces_half_as_large(tmp_path):
+    class Small(UNet):
+        most = 3
+
+        def forward(self, x_t, t, context=None, mask=None):
+            if len(x_t) > self.most:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().forward(x_t, t, context, mask)
+
+    def tight(checkpoint=None, most=3):
+        torch.manual_seed(0)
+        network, encoder = Small(channels=(32,), blocks=1, context_dim=32), CharacterEncoder("红黑", dim=32, layers=1)
+        network.most = most
+        return train(network, DIFFUSION, batches(Bright(), 5), encoder, steps=12, learning_rate=1e-3, checkpoint=checkpoint, save_seconds=0,
+                     accelerator=Accelerator(mixed_precision="no"))
+
+    with pytest.warns(UserWarning, match="memory ran out at step 0.* in 2 pieces") as said:
+        *_, step = tight()
+    assert len(said) == 1
+    *_, roomy = tight(most=5)
+    for a, b in zip(roomy.network.parameters(), step.network.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        for broken in tight(tmp_path / "c"):
+            if broken.index == 4:
+                break
+    *_, resumed = tight(tmp_path / "c")                                     # it remembers, and has nothing to say
+    assert all(torch.equal(a, b) for a, b in zip(step.network.parameters(), resumed.network.parameters()))
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
+        list(tight(most=1))
+
+
+def test_chance_of_a_step_is_its_own_whatever_the_caller_draws():
+    """The generators of the caller have no say in a run, nor a run in them; timesteps of numpy's and Python's go on, too."""
+    def by_numpy(batch, steps, generator):
+        return torch.from_numpy(np.random.randint(steps - 1, size=batch)) + random.randint(0, 1)
+    losses = []
+    for seed in (1, 2):
+        for step in run(timesteps=uniform_timesteps):
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            before = torch.rand(3), np.random.rand()
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+        after = torch.rand(3), np.random.rand()
+        assert torch.equal(before[0], after[0]) and before[1] == after[1]
+        losses.append(step.loss)
+    assert losses[0] == losses[1]
+    seen = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        seen.append([step.loss for step in run(timesteps=by_numpy)])
+    assert seen[0] == seen[1]
+
+
+def test_it_can_begin_with_sgd_and_the_test_is_an_argument():
+    assert {(s.phase, s.learning_rate) for s in run(phase="sgd", sgd_learning_rate=1e-3)} == {("sgd", 1e-3)}
+    steps = list(run(steps=202, settled=lambda losses, window: len(losses) == 200 and window == 7, window=7))
+    assert [s.phase for s in steps].index("sgd") == 200 and "SGD at 1e-06 takes over from AdamW" in steps[199].note
+
+
+def test_the_best_and_those_before_stay(tmp_path):
+    for step in run(tmp_path / "c", steps=12, save_seconds=0, keep=3, window=2, diffusion=Ill(range(8, 12), lambda loss: 2.5 * loss)):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "c.1", "c.2", "c.best"}
+    assert [load(tmp_path / name)["index"] for name in ("c", "c.1", "c.2")] == [12, 12, 11]
+    best = load(tmp_path / "c.best")
+    means = [sum(step) / 2 for step in zip(best["losses"][:-1], best["losses"][1:])]
+    assert best["index"] <= 8 and best["lowest"] == pytest.approx(means[-1]) and means[-1] == min(means)
+    run_on = list(run(tmp_path / "c", steps=14, keep=1))
+    assert [s.index for s in run_on] == [12, 13]
+
+
+def test_a_checkpoint_cut_in_half_costs_the_steps_since_the_one_before_and_nothing_else(tmp_path):
+    *_, whole = run()
+    for broken in run(tmp_path / "c", save_seconds=0):
+        if broken.index == 6:
+            break
+    content = (tmp_path / "c").read_bytes()
+    (tmp_path / "c").write_bytes(content[:len(content) // 2])
+    with pytest.warns(UserWarning, match="c is damaged.*goes on from the checkpoint before it, .*c.1"):
+        resumed = list(run(tmp_path / "c"))
+    assert resumed[0].index == 6
+    assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), resumed[-1].network.parameters()))
+
+
+def test_a_disk_that_fills_stops_no_training(tmp_path, monkeypatch):
+    """The checkpoint of before stays, and when there is room again, it is written as ever."""
+    saves, real = [], files.save_file
+
+    def full(tensors, path, metadata):
+        saves.append(1)
+        if 3 <= len(saves) <= 5:
+            path.write_bytes(b"half of i")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+    monkeypatch.setattr("easy_diffusion.checkpoint.save_file", full)
+    found = []
+    with pytest.warns(UserWarning, match="after step 2 could not be written, that of before stays.*: .*No space left"):
+        for step in run(tmp_path / "c", save_seconds=0):
+            found.append(load(tmp_path / "c")["index"])
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c.1", "c.best"][:len(list(tmp_path.iterdir()))]
+    assert found == [1, 2, 2, 2, 2, 6, 7, 8, 9, 10, 11, 12]
+    *_, whole = run()
+    assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), step.network.parameters()))
+
+
+def test_importance_goes_on_where_it_was(tmp_path):
+    diffusion = GaussianDiffusion(NoiseSchedule.cosine(5), "v", "learned_range", vlb_weight=1.0)
+
+    def weighed(checkpoint=None):
+        return run(checkpoint, diffusion, steps=12, timesteps=ImportanceTimesteps(5, history=2), save_seconds=0)
+    *_, whole = weighed()
+    for step in weighed(tmp_path / "c"):
+        if step.index == 8:
+            break
+    *_, resumed = weighed(tmp_path / "c")
+    assert load(tmp_path / "c")["timesteps"]["drawn"].sum() == 60
+    assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), resumed.network.parameters()))

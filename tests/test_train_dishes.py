@@ -1,0 +1,85 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from datasets.dishes import draw
+from datasets.latents_lmdb import encode_store
+from datasets.lmdb_store import append
+from easy_diffusion.checkpoint import load
+from easy_diffusion.train_dishes import main, parsed
+from easy_diffusion.watch import rows
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--channels", "32", "--attention", "0", "--blocks", "1", "--words", "32", "--batch-size", "4", "--precision", "no"]
+
+
+def test_help_tells_every_option_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parsed(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    options = set(re.findall(r"(--[a-z][a-z-]+)", text)) - {"--help", "--multi", "--cpu", "--num"}
+    options = {option for option in options if not option.startswith("--no-")}
+    assert len(options) > 40 and text.count("(default: ") == len(options)
+
+
+@pytest.mark.parametrize("wrong", [["--batch-size", "0"], ["--cn-clip", "x"], ["--predicts", "nothing"], ["--tensorboard"]])
+def test_wrong_options_are_named(wrong, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(SystemExit) as stop:
+        parsed(wrong)
+    assert stop.value.code == 2 and wrong[0] in capsys.readouterr().err
+
+
+def test_drawn_dishes_with_a_table_and_samples_and_it_goes_on(tmp_path, capsys):
+    arguments = [*SMALL, "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--minutes", "0", "--every", "1", "--save-seconds", "0"]
+    assert main([*arguments, "--steps", "3"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"dishes_32", "model.safetensors", "model.safetensors.1", "model.safetensors.2",
+                                                          "model.safetensors.best", "log.csv", "samples.png"}
+    with Image.open(tmp_path / "samples.png") as sheet:
+        assert sheet.size[0] > 6 * 32
+    assert main([*arguments, "--steps", "5"]) == 0
+    table = rows(tmp_path / "log.csv")
+    assert [row["index"] for row in table] == ["0", "1", "2", "3", "4"] and all(float(row["loss"]) > 0 for row in table)
+    assert load(tmp_path / "model.safetensors")["index"] == 5
+    assert "24 pictures [3, 32, 32]" in capsys.readouterr().out
+
+
+def test_photographs_a_store_and_latents_are_told_apart(tmp_path):
+    names = ["番茄汤", "清炒土豆", "番茄炒鸡蛋", "牛肉面"] * 2
+    for i, name in enumerate(names):
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(name, 48, i).transpose(1, 2, 0)).save(tmp_path / "photos" / name / f"{i}.png")
+    for _ in append(tmp_path / "store", [(torch.from_numpy(draw(name, 32, i)), name) for i, name in enumerate(names)]):
+        pass
+
+    def encode(pictures):
+        small = torch.nn.functional.avg_pool2d(pictures.float() / 127.5 - 1, 4)
+        return torch.cat([small, small[:, :1]], dim=1), torch.zeros(len(small), 4, 8, 8)
+    for _ in encode_store(tmp_path / "store", tmp_path / "latents", encode, "a mean"):
+        pass
+    for data, shape in (("photos", (3, 32, 32)), ("store", (3, 32, 32)), ("latents", (4, 8, 8))):
+        out = tmp_path / f"out of {data}"
+        assert main([*SMALL, "--data", str(tmp_path / data), "--size", "32", "--out", str(out), "--steps", "2", "--look-minutes", "0"]) == 0
+        network = load(out / "model.safetensors")["models"]
+        patch = 4 if shape[0] == 3 else 1
+        assert network["network.conv_in.weight"].shape[1] == shape[0] * patch ** 2 and len(rows(out / "log.csv")) == 2
+
+
+def test_the_largest_batch_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("easy_diffusion.train_dishes.largest_batch", lambda step: [step(2), 8][1])
+    assert main([*SMALL, "--batch-size", "auto", "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--steps", "1",
+                 "--look-minutes", "0"]) == 0
+
+
+def test_accelerate_launches_two_processes_of_it(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2",
+                           "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "easy_diffusion.train_dishes",
+                           *SMALL, "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--steps", "3", "--look-minutes", "0"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 × 4 pictures a step" in done.stdout and load(tmp_path / "model.safetensors")["index"] == 3

@@ -1,0 +1,98 @@
+import csv
+import sys
+import types
+import warnings
+from typing import NamedTuple
+
+import pytest
+
+from easy_diffusion.watch import rows, watched
+
+
+class Step(NamedTuple):
+    index: int
+    loss: float
+    smooth_loss: float
+    seconds: float
+    progress: float
+    pictures_per_second: float
+    quartiles: tuple
+    note: str
+
+
+def steps(first=0, last=30, total=30, notes=()):
+    for i in range(first, last):
+        if i in notes:
+            warnings.warn(f"step {i} is ill", stacklevel=1)
+        yield Step(i, 1 / (i + 1), 2 / (i + 1), i * 10.0, (i + 1) / total, 8.0, (0.1, 0.2, 0.3, float("nan")), "!" if i in notes else "")
+
+
+def test_the_same_steps_come_through_and_a_row_for_each_tenth_is_written(tmp_path):
+    seen = list(watched(steps(), tmp_path / "folder" / "log.csv", every=10, bar=False))
+    assert [str(step) for step in seen] == [str(step) for step in steps()]
+    table = list(csv.DictReader(open(tmp_path / "folder" / "log.csv")))
+    assert [int(row["index"]) for row in table] == [0, 10, 20, 29]          # and for the last
+    assert list(table[0]) == ["index", "loss", "smooth_loss", "seconds", "progress", "pictures_per_second", "quartile_1", "quartile_2",
+                              "quartile_3", "quartile_4", "note"]
+    assert float(table[1]["loss"]) == pytest.approx(1 / 11) and table[1]["quartile_4"] == "nan"
+
+
+def test_a_killed_run_goes_on_with_its_table_and_each_step_stands_there_once(tmp_path):
+    path = tmp_path / "log.csv"
+    for step in watched(steps(), path, every=1, bar=False):
+        if step.index == 17:
+            break
+    with open(path, "a") as file:
+        file.write("18,0.05")                                               # half a row
+    assert [int(row["index"]) for row in rows(path)] == list(range(18))
+    list(watched(steps(12), path, every=1, bar=False))                      # its checkpoint was of step 12
+    assert [int(row["index"]) for row in rows(path)] == list(range(30))
+
+
+def test_looks_are_taken_now_and_then_and_at_the_end_and_stand_in_the_table(tmp_path):
+    looked = []
+
+    def look(step):
+        looked.append(step.index)
+        return {"fidelity": step.index / 100}
+    list(watched(steps(), tmp_path / "log.csv", every=10, look=look, look_minutes=1.5, looks=["fidelity"], bar=False))
+    assert looked == [10, 20, 29]                                           # a step takes ten seconds
+    assert [row["fidelity"] for row in rows(tmp_path / "log.csv")] == ["", "0.1", "0.2", "0.29"]
+
+
+def test_the_bar_tells_loss_speed_time_left_and_sentences(capsys):
+    list(watched(steps(notes={3, 5})))
+    said = capsys.readouterr()
+    said = said.out + said.err
+    assert said.count("step 3 is ill") == said.count("step 5 is ill") == 1
+    assert "loss 0.0667, 8 pictures/s, 0.0 min left" in said and "100%" in said
+
+
+def test_a_full_disk_stops_nothing(tmp_path, monkeypatch, capsys):
+    def full(self, row):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("easy_diffusion.watch.Table.write", full)
+    assert len(list(watched(steps(), tmp_path / "log.csv", every=10))) == 30
+    said = capsys.readouterr()
+    assert "step 10 could not be written down, and the training goes on" in said.out + said.err
+
+
+def test_tensorboard_gets_the_same_numbers_and_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+        next(watched(steps(), tensorboard=tmp_path, bar=False))
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, index):
+            written.append((name, value, index))
+
+        def close(self):
+            written.append("closed")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    list(watched(steps(), tensorboard=tmp_path, every=10, bar=False))
+    assert ("loss", 1 / 11, 10) in written and ("quartile_2", 0.2, 20) in written and written[-1] == "closed"
+    assert {index for _, _, index in written[:-1]} == {0, 10, 20, 29}
