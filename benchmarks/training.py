@@ -2,11 +2,11 @@
 
 Three loops train the demo's network and encoder on the demo's store, turn by turn in one process: ours, as the demo calls it; one as
 diffusers' train_text_to_image.py has it (accelerate's prepare, accumulate and backward, AdamW, its scheduler of rates, EMAModel, uniform
-timesteps, MSE of v); and the bare minimum, a batch, noise, forward, backward and our optimizers' steps. A fourth row is forward and backward
-alone. `overhead` is what our step takes longer than the bare one, `speedup` the peer's step over ours.
+timesteps, MSE of v); and the bare minimum, a batch, noise, forward, backward and our optimizers' steps. A fourth row is forward and
+backward alone. `overhead` is what our step takes longer than the bare one, `speedup` the peer's step over ours.
 
-Then ours and the peer's train anew, each until a reader finds 80% of its held-out names fully right, or its minutes are over. The peer takes
-its published rate of 1e-4, or, in a second row, the best of those that notebook 15 tries, 1e-3. On a GPU a last table compares fp32, bf16
+Then ours and the peer's train anew, until a reader finds 80% of the held-out names fully right, or the minutes are over. The peer takes
+its published rate of 1e-4 or, in a second row, ten times as much, 1e-3. On a GPU a last table compares fp32, bf16
 and torch.compile, with the share of the matrix rate, and asks for the largest batch of the first version's network at 3×128×128.
 """
 

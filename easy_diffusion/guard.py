@@ -35,14 +35,15 @@ WINDOW = 100                                                                # lo
 
 
 class Guard:
-    """Counts what is skipped and keeps the copy to go back to. average: the moving average's modules.
+    """Counts what is skipped and keeps the copy to go back to; `ill` from a skipped step to the next that is taken. average: the moving
+    average's modules.
 
     patience: bad steps in a row before the copy comes back; rescues: how often it may; spike: k above, infinite for none."""
 
     def __init__(self, average: torch.nn.Module, patience: int = 5, rescues: int = 3, spike: float = 20.0):
         self.patience, self.rescues, self.spike = patience, rescues, spike
         self.skipped = self.in_a_row = self.rescued = self.copied_at = self.last_bad = 0
-        self.trouble, self.lower, self.level, self.copy = "", 1.0, math.inf, copy.deepcopy(average.state_dict())
+        self.ill, self.trouble, self.lower, self.level, self.copy = False, "", 1.0, math.inf, copy.deepcopy(average.state_dict())
 
     def wrong_with(self, loss: float, norm: float, losses: list[float]) -> str:
         """What is wrong with a step, "" if nothing is. norm: the gradient's length before it is clipped; losses: of the steps taken."""
@@ -60,7 +61,7 @@ class Guard:
 
     def took(self, index: int, average: torch.nn.Module, losses: list[float]) -> None:
         """Step `index` was taken: nothing is wrong any more, and from time to time a copy is due."""
-        self.in_a_row = 0
+        self.in_a_row, self.ill = 0, False
         if index - self.copied_at >= WINDOW and index - self.last_bad >= WINDOW:
             level = sum(losses[-WINDOW:]) / WINDOW
             if level < self.level + abs(self.level):
@@ -70,7 +71,7 @@ class Guard:
 
     def skips(self, trouble: str, index: int) -> bool:
         """Step `index` was skipped; whether that was one too many in a row."""
-        self.trouble = self.trouble if self.in_a_row else trouble
+        self.ill, self.trouble = True, self.trouble if self.in_a_row else trouble
         self.skipped, self.in_a_row, self.last_bad = self.skipped + 1, self.in_a_row + 1, index
         return self.in_a_row >= self.patience
 

@@ -1,10 +1,9 @@
 """The training loop, as a generator: it yields every step, and the caller draws, logs or stops.
 
-Each step takes a batch, picks a timestep for each picture, adds that much noise and asks the network about it
-(Ho et al. 2020, algorithm 1). Around that stand habits that make it work:
+Each step takes a batch, picks a timestep for each picture, adds that much noise and asks the network about it (Ho et al. 2020,
+algorithm 1). Around that stand habits that make it work:
 
-    caption dropout   some captions become "", so that the same network also learns what «nothing» looks like
-                      (Ho & Salimans 2022, algorithm 1)
+    caption dropout   some captions become "", so that the network also learns what «nothing» looks like (Ho & Salimans 2022, algorithm 1)
     EMA               a second set of weights follows the first slowly; it is the one to sample from (Ho et al. 2020, appendix B)
     warm-up, decay    AdamW's rate rises over the first steps and falls to zero over the last part of the run
     AdamW, then SGD   when the loss has stopped falling, plain SGD at a tiny rate settles the weights
@@ -130,18 +129,20 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     settling = [(torch.optim.SGD(weights, sgd_learning_rate), sgd_learning_rate)]       # without momentum it has nothing to remember
     if isinstance(loader, DataLoader) and not isinstance(loader.batch_sampler, Shuffled):
         loader = accelerator.prepare(loader)
-    guard, generator, halved = Guard(average, patience, spike=spike), torch.Generator(device), False
-    losses, smooth, quartiles, lowest = [], math.nan, (math.nan,) * 4, math.inf
-    others = {"guard": guard, "scaler": scaler, "timesteps": timesteps}
-    others = {name: other for name, other in others.items() if hasattr(other, "state_dict")}
-
+    guard, generator = Guard(average, patience, spike=spike), torch.Generator(device)
+    others = [("guard", guard), ("scaler", scaler), ("timesteps", timesteps)]
+    others = {name: other for name, other in others if hasattr(other, "state_dict")}
+    losses, smooth, quartiles, lowest, halved = [], math.nan, (math.nan,) * 4, math.inf, False
+    clock.start()
     if checkpoint is not None and Path(checkpoint).exists():
         saved = files.load_newest(checkpoint)
+        if not isinstance(saved, dict) or "guard" not in saved:
+            raise ValueError(f"{checkpoint} is not of a training by this file, or of one by an earlier version")
         files.load_into(models, saved["models"])
         files.load_into(average, saved["average"])
         if len(saved["optimizers"]) != len(adaptive):
-            raise ValueError(f"{checkpoint} was trained {'with' if len(adaptive) == 1 else 'without'} Muon, so muon_learning_rate must "
-                             "tell the same")
+            was = "with" if len(adaptive) == 1 else "without"
+            raise ValueError(f"{checkpoint} was trained {was} Muon, so muon_learning_rate must tell the same")
         if saved["predicts"] != diffusion.predicts:
             raise ValueError(f"{checkpoint} was trained to predict {saved['predicts']}, not {diffusion.predicts}")
         for other, state in zip([optimizer for optimizer, _ in adaptive] + list(others.values()),
@@ -150,8 +151,6 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         phase, losses, smooth, quartiles, lowest = (saved[key] for key in ("phase", "losses", "smooth", "quartiles", "lowest"))
         pieces, halved = (saved["pieces"], True) if saved["halved"] else (pieces, False)
         clock.start(saved["index"], saved["seconds"])
-    else:
-        clock.start()
 
     def save() -> str:
         nonlocal lowest
@@ -171,7 +170,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
             weight.grad = None
         generator.manual_seed(number_of(seed, clock.index))
         count = len(pictures)
-        mine, parts = slice(process * count, (process + 1) * count), -(-count // pieces)
+        mine, size = slice(process * count, (process + 1) * count), -(-count // pieces)
         t = timesteps(count * processes, len(diffusion), generator)[mine]                   # [B]
         dropped = torch.rand(count * processes, generator=generator, device=device)[mine] < caption_dropout
         if encoder is not None:
@@ -180,7 +179,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         torch.randn(process * count, *pictures.shape[1:], generator=generator, device=device)       # the noise of those before us
         each, context, mask = [], None, None
         with chance(number_of(seed, clock.index, process)):
-            for part in (slice(first, first + parts) for first in range(0, count, parts)):
+            for part in (slice(first, first + size) for first in range(0, count, size)):
                 x0 = pictures[part].to(device, non_blocking=True).float()   # [P, C, H, W]
                 if pictures.dtype == torch.uint8:                           # latents are floats already
                     x0 = x0 / 127.5 - 1
@@ -193,9 +192,9 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
                 each[-1] = each[-1].detach()
         return torch.cat(each), t, weight
 
-    first, data = clock.index, endless(loader, clock.index, process, processes)
+    began, data = clock.index, endless(loader, clock.index, process, processes)
     while clock.progress < 1:
-        (pictures, captions), index, note = next(data), clock.index, ""
+        (pictures, captions), index, taken, note = next(data), clock.index, phase, ""
         models.train()
         found = learn(pictures, captions) if halved else unless_out_of_memory(learn, pictures, captions)
         if not halved and run.anywhere(accelerator, found is None):
@@ -205,7 +204,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
             found = learn(pictures, captions)
         each, t, weight = found
         run.average_gradients(accelerator, weights)
-        optimizers, taken = (adaptive if phase == "adamw" else settling), phase
+        optimizers = adaptive if phase == "adamw" else settling
         for optimizer, _ in optimizers if scaler is not None else ():
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(weights, clip)
@@ -223,7 +222,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
             if hasattr(timesteps, "remember"):
                 timesteps.remember(*(accelerator.gather(value) for value in (t, each)))
             guard.took(index, average, losses)
-        elif scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1:
+        elif scaler is not None and math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1:
             guard.skipped += 1                                              # fp16 overflowed, and the scaler takes a smaller scale
         else:
             note = f"step {index} is skipped: {wrong}"
@@ -238,14 +237,14 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         clock.tick(len(pictures) * processes, seconds if processes > 1 else None)
         if phase == "adamw" and clock.index % 100 == 0 and settled(losses, window):
             phase, note = "sgd", f"the loss has stopped falling after step {index}: SGD at {sgd_learning_rate:g} takes over from AdamW"
-        if not guard.in_a_row and clock.time_to_save():
+        if not guard.ill and clock.time_to_save():
             note = run.tell(accelerator, save()) or note
         with clock.stopped():                                               # the caller's time is not training time
-            heard = average["encoder"] if encoder is not None else None
             yield TrainingStep(index, loss, smooth, rate, taken, clock.pictures_per_second, clock.seconds, clock.progress,
-                               average["network"], heard, quartiles, norm, guard.skipped, note)
+                               *(average[name] if name in average else None for name in ("network", "encoder")),
+                               quartiles, norm, guard.skipped, note)
     if not losses:
         raise FloatingPointError(run.why(guard, learning_rate, checkpoint))
-    if clock.index > first:
+    if clock.index > began:
         run.tell(accelerator, save())
     accelerator.wait_for_everyone()
