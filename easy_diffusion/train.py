@@ -50,8 +50,7 @@ class TrainingStep(NamedTuple):
 
     quartiles: the smoothed loss of the timesteps in each quarter of the schedule, the least noise first (nan: none seen yet).
     Of a loss that stands still they tell which part does (Nichol & Dhariwal 2021). gradient_norm: before it was clipped. skipped: steps so
-    far that were not taken; such a step's loss is what was wrong with it, and smooth_loss knows nothing of it. note: what a log should
-    keep, "" at most steps."""
+    far that were not taken; such a step's loss is not in smooth_loss. note: what a log should keep, "" at most steps."""
 
     index: int
     loss: float
@@ -114,9 +113,8 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     patience, spike: Guard's.
 
     checkpoint: a path, written every save_seconds seconds and at the end; if it is there already, the run goes on from it. keep: how many
-    stay, see checkpoint.save; from two on also the one of the lowest loss over `window` steps, as path.best. Raises ValueError if that
-    file is of another network, for an empty loader, for no time or no steps; FloatingPointError where no step could be taken, or the steps
-    will not become finite again; MemoryError where memory runs out even with twice the pieces.
+    stay, see checkpoint.save; from two on also the one of the lowest loss over `window` steps, as path.best. Raises ValueError if that file
+    is of another network, for an empty loader, for no time or no steps; FloatingPointError where the steps will not become finite again.
     """
     clock, accelerator = run.Clock(steps, minutes, save_seconds), accelerator or run.default_accelerator()
     device, process, processes, scaler = accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator.scaler
@@ -130,10 +128,9 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     if isinstance(loader, DataLoader) and not isinstance(loader.batch_sampler, Shuffled):
         loader = accelerator.prepare(loader)
     guard, generator = Guard(average, patience, spike=spike), torch.Generator(device)
-    others = [("guard", guard), ("scaler", scaler), ("timesteps", timesteps)]
-    others = {name: other for name, other in others if hasattr(other, "state_dict")}
+    others = {"guard": guard, "scaler": scaler, "timesteps": timesteps}
+    others = {name: other for name, other in others.items() if hasattr(other, "state_dict")}
     losses, smooth, quartiles, lowest, halved = [], math.nan, (math.nan,) * 4, math.inf, False
-    clock.start()
     if checkpoint is not None and Path(checkpoint).exists():
         saved = files.load_newest(checkpoint)
         if not isinstance(saved, dict) or "guard" not in saved:
@@ -145,9 +142,10 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
             raise ValueError(f"{checkpoint} was trained {was} Muon, so muon_learning_rate must tell the same")
         if saved["predicts"] != diffusion.predicts:
             raise ValueError(f"{checkpoint} was trained to predict {saved['predicts']}, not {diffusion.predicts}")
-        for other, state in zip([optimizer for optimizer, _ in adaptive] + list(others.values()),
-                                saved["optimizers"] + [saved[name] for name in others]):
-            other.load_state_dict(state)
+        for (optimizer, _), state in zip(adaptive, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        for name in others.keys() & saved.keys():
+            others[name].load_state_dict(saved[name])
         phase, losses, smooth, quartiles, lowest = (saved[key] for key in ("phase", "losses", "smooth", "quartiles", "lowest"))
         pieces, halved = (saved["pieces"], True) if saved["halved"] else (pieces, False)
         clock.start(saved["index"], saved["seconds"])
