@@ -169,7 +169,8 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         generator.manual_seed(number_of(seed, clock.index))
         count = len(pictures)
         mine, size = slice(process * count, (process + 1) * count), -(-count // pieces)
-        t = timesteps(count * processes, len(diffusion), generator)[mine]                   # [B]
+        with chance(number_of(seed, clock.index)):
+            t = timesteps(count * processes, len(diffusion), generator)[mine]               # [B]
         dropped = torch.rand(count * processes, generator=generator, device=device)[mine] < caption_dropout
         if encoder is not None:
             captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]

@@ -107,12 +107,12 @@ def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: 
             line.set_postfix_str(f"step {step.index}, loss {loss:.4f}, {step.pictures_per_second:.0f} pictures/s, {left / 60:.1f} min left",
                                  refresh=False)
             line.update(100 * step.progress - line.n)
-            due = last or step.seconds > looked + 60 * look_minutes
             try:
-                if look is not None and due:
+                due = look is not None and (last or step.seconds > looked + 60 * look_minutes)
+                if due:
                     looked = step.seconds
                     row |= look(step)
-                if step.index % every == 0 or due or row.get("note"):
+                if step.index % every == 0 or last or due or row.get("note"):
                     if csv is not None:
                         log = log or Table(csv, row, looks)
                         log.write(row)

@@ -230,6 +230,28 @@ class Ill(GaussianDiffusion):
         return self.of(loss) if self.index - 1 in self.steps else loss
 
 
+class Plain(torch.nn.Module):
+    """Two convolutions, for runs whose network does not matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in, self.conv_out = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x_t, t, context=None, mask=None):
+        return self.conv_out(torch.nn.functional.silu(self.conv_in(x_t)) * (1 + t / 100)[:, None, None, None])
+
+
+def quick(checkpoint=None, diffusion=DIFFUSION, **options):
+    torch.manual_seed(0)
+    return train(Plain(), diffusion, batches(Bright(), 5), checkpoint=checkpoint, accelerator=Accelerator(mixed_precision="no"),
+                 **{"steps": 12, "learning_rate": 1e-3, "warmup": 2} | options)
+
+
+def begun():
+    """The weights that run() begins with."""
+    return parts()[0].parameters()
+
+
 def finite(module):
     return all(torch.isfinite(parameter).all() for parameter in module.parameters())
 
@@ -237,7 +259,7 @@ def finite(module):
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(wrong):
     with pytest.warns(UserWarning, match="step 4 is skipped: the loss is "):
-        steps = list(run(diffusion=Ill({4}, lambda loss: loss * wrong)))
+        steps = list(quick(diffusion=Ill({4}, lambda loss: loss * wrong)))
     assert [s.skipped for s in steps] == [0] * 4 + [1] * 8 and finite(steps[-1].network)
     assert [math.isfinite(s.loss) for s in steps] == [True] * 4 + [False] + [True] * 7
     assert all(math.isfinite(s.smooth_loss) for s in steps) and steps[4].note.startswith("step 4 is skipped")
@@ -272,14 +294,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_too():
 
 def test_a_spike_is_skipped():
     with pytest.warns(UserWarning, match="step 110 is skipped: the loss is .* after .* on average over 100 steps"):
-        steps = list(run(steps=115, diffusion=Ill({110}, lambda loss: 1000 * loss)))
+        steps = list(quick(steps=115, diffusion=Ill({110}, lambda loss: 1000 * loss)))
     assert steps[-1].skipped == 1 and steps[110].loss > 100 and steps[-1].smooth_loss < 2
 
 
 def test_ten_in_a_row_bring_back_the_average_of_a_while_ago_at_a_lower_rate():
     kept = {}
     with pytest.warns(UserWarning, match="the 5th in a row: back to the average of step 100, at 0.5 of the learning rate"):
-        for step in run(steps=140, decay=0, diffusion=Ill(range(120, 130))):
+        for step in quick(steps=140, decay=0, diffusion=Ill(range(120, 130))):
             if step.index in (100, 119, 129, 130):
                 kept[step.index] = step.network.conv_in.weight.detach().clone(), step.learning_rate
     assert step.skipped == 10 and finite(step.network) and not torch.equal(kept[100][0], kept[119][0])
@@ -291,21 +313,23 @@ def test_a_run_that_cannot_be_saved_stops_with_the_reason_and_its_last_good_chec
     with pytest.warns(UserWarning, match="back to the average"), \
             pytest.raises(FloatingPointError, match=r"the loss is nan at step 45; 20 steps were skipped, 5 of them in a row, and 3 times .*"
                                                     r"last good checkpoint is .*c\.safetensors"):
-        list(run(tmp_path / "c.safetensors", steps=100, save_seconds=0, diffusion=Ill(range(30, 100))))
+        list(quick(tmp_path / "c.safetensors", steps=100, save_seconds=0, diffusion=Ill(range(30, 100))))
     saved = load(tmp_path / "c.safetensors")
     assert saved["index"] == len(saved["losses"]) == 30 and all(torch.isfinite(tensor).all() for tensor in saved["models"].values())
     with pytest.raises(FloatingPointError, match="the loss is nan at step 0.*there is no checkpoint"):
-        list(run(steps=100, diffusion=Ill(range(100))))
+        list(quick(steps=100, diffusion=Ill(range(100))))
 
 
 @pytest.mark.parametrize("pieces", [2, 5])
 def test_in_pieces_a_batch_teaches_the_same(pieces):
-    """Five pictures as 3 and 2, and one by one; what is different is the order in which numbers are added."""
-    *_, whole = run()
-    *_, parts = run(pieces=pieces)
-    for a, b in zip(whole.network.parameters(), parts.network.parameters()):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
-    assert whole.loss == pytest.approx(parts.loss, rel=1e-4)
+    """Five pictures as 3 and 2, and one by one; what is different is the order in which numbers are added. By SGD, since AdamW makes large
+    steps of gradients that are nothing but such differences."""
+    *_, whole = run(phase="sgd", sgd_learning_rate=1e-2)
+    *_, divided = run(phase="sgd", sgd_learning_rate=1e-2, pieces=pieces)
+    for a, b in zip(whole.network.parameters(), divided.network.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert max(float((a - b).abs().max()) for a, b in zip(whole.network.parameters(), begun())) > 1e-3
+    assert whole.loss == pytest.approx(divided.loss, rel=1e-4)
 
 
 def test_out_of_memory_is_met_once_by_pieces_half_as_large(tmp_path):
@@ -321,15 +345,15 @@ def test_out_of_memory_is_met_once_by_pieces_half_as_large(tmp_path):
         torch.manual_seed(0)
         network, encoder = Small(channels=(32,), blocks=1, context_dim=32), CharacterEncoder("红黑", dim=32, layers=1)
         network.most = most
-        return train(network, DIFFUSION, batches(Bright(), 5), encoder, steps=12, learning_rate=1e-3, checkpoint=checkpoint, save_seconds=0,
-                     accelerator=Accelerator(mixed_precision="no"))
+        return train(network, DIFFUSION, batches(Bright(), 5), encoder, steps=8, phase="sgd", sgd_learning_rate=1e-2, checkpoint=checkpoint,
+                     save_seconds=0, accelerator=Accelerator(mixed_precision="no"))
 
     with pytest.warns(UserWarning, match="memory ran out at step 0.* in 2 pieces") as said:
         *_, step = tight()
     assert len(said) == 1
     *_, roomy = tight(most=5)
     for a, b in zip(roomy.network.parameters(), step.network.parameters()):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     with pytest.warns(UserWarning, match="memory ran out"):
         for broken in tight(tmp_path / "c"):
             if broken.index == 4:
@@ -346,7 +370,7 @@ def test_chance_of_a_step_is_its_own_whatever_the_caller_draws():
         return torch.from_numpy(np.random.randint(steps - 1, size=batch)) + random.randint(0, 1)
     losses = []
     for seed in (1, 2):
-        for step in run(timesteps=uniform_timesteps):
+        for step in quick(timesteps=uniform_timesteps):
             torch.manual_seed(seed)
             np.random.seed(seed)
             before = torch.rand(3), np.random.rand()
@@ -360,37 +384,37 @@ def test_chance_of_a_step_is_its_own_whatever_the_caller_draws():
     for seed in (1, 2):
         random.seed(seed)
         np.random.seed(seed)
-        seen.append([step.loss for step in run(timesteps=by_numpy)])
+        seen.append([step.loss for step in quick(timesteps=by_numpy)])
     assert seen[0] == seen[1]
 
 
 def test_it_can_begin_with_sgd_and_the_test_is_an_argument():
-    assert {(s.phase, s.learning_rate) for s in run(phase="sgd", sgd_learning_rate=1e-3)} == {("sgd", 1e-3)}
-    steps = list(run(steps=202, settled=lambda losses, window: len(losses) == 200 and window == 7, window=7))
+    assert {(s.phase, s.learning_rate) for s in quick(phase="sgd", sgd_learning_rate=1e-3)} == {("sgd", 1e-3)}
+    steps = list(quick(steps=202, settled=lambda losses, window: len(losses) == 200 and window == 7, window=7))
     assert [s.phase for s in steps].index("sgd") == 200 and "SGD at 1e-06 takes over from AdamW" in steps[199].note
 
 
 def test_the_best_and_those_before_stay(tmp_path):
-    for step in run(tmp_path / "c", steps=12, save_seconds=0, keep=3, window=2, diffusion=Ill(range(8, 12), lambda loss: 2.5 * loss)):
+    for step in quick(tmp_path / "c", steps=12, save_seconds=0, keep=3, window=2, diffusion=Ill(range(8, 12), lambda loss: 2.5 * loss)):
         pass
     assert {p.name for p in tmp_path.iterdir()} == {"c", "c.1", "c.2", "c.best"}
     assert [load(tmp_path / name)["index"] for name in ("c", "c.1", "c.2")] == [12, 12, 11]
     best = load(tmp_path / "c.best")
     means = [sum(step) / 2 for step in zip(best["losses"][:-1], best["losses"][1:])]
     assert best["index"] <= 8 and best["lowest"] == pytest.approx(means[-1]) and means[-1] == min(means)
-    run_on = list(run(tmp_path / "c", steps=14, keep=1))
+    run_on = list(quick(tmp_path / "c", steps=14, keep=1))
     assert [s.index for s in run_on] == [12, 13]
 
 
 def test_a_checkpoint_cut_in_half_costs_the_steps_since_the_one_before_and_nothing_else(tmp_path):
-    *_, whole = run()
-    for broken in run(tmp_path / "c", save_seconds=0):
+    *_, whole = quick()
+    for broken in quick(tmp_path / "c", save_seconds=0):
         if broken.index == 6:
             break
     content = (tmp_path / "c").read_bytes()
     (tmp_path / "c").write_bytes(content[:len(content) // 2])
     with pytest.warns(UserWarning, match="c is damaged.*goes on from the checkpoint before it, .*c.1"):
-        resumed = list(run(tmp_path / "c"))
+        resumed = list(quick(tmp_path / "c"))
     assert resumed[0].index == 6
     assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), resumed[-1].network.parameters()))
 
@@ -408,11 +432,11 @@ def test_a_disk_that_fills_stops_no_training(tmp_path, monkeypatch):
     monkeypatch.setattr("easy_diffusion.checkpoint.save_file", full)
     found = []
     with pytest.warns(UserWarning, match="after step 2 could not be written, that of before stays.*: .*No space left"):
-        for step in run(tmp_path / "c", save_seconds=0):
+        for step in quick(tmp_path / "c", save_seconds=0):
             found.append(load(tmp_path / "c")["index"])
-            assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c.1", "c.best"][:len(list(tmp_path.iterdir()))]
+            assert {p.name for p in tmp_path.iterdir()} <= {"c", "c.1", "c.best"}
     assert found == [1, 2, 2, 2, 2, 6, 7, 8, 9, 10, 11, 12]
-    *_, whole = run()
+    *_, whole = quick()
     assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), step.network.parameters()))
 
 

@@ -60,6 +60,7 @@ def test_looks_are_taken_now_and_then_and_at_the_end_and_stand_in_the_table(tmp_
     assert [row["fidelity"] for row in rows(tmp_path / "log.csv")] == ["", "0.1", "0.2", "0.29"]
 
 
+@pytest.mark.filterwarnings("default")
 def test_the_bar_tells_loss_speed_time_left_and_sentences(capsys):
     list(watched(steps(notes={3, 5})))
     said = capsys.readouterr()
