@@ -133,16 +133,18 @@ def why(guard, learning_rate: float, checkpoint) -> str:
 
 
 def save(path, tree, keep: int = 1, best: bool = False) -> str:
-    """A checkpoint; "" or, if the disk would not take it, a sentence that says so: what was there before is still there. best: it is the
-    best so far, which is kept as path.best if any but the newest are."""
+    """A checkpoint; "" or, if the disk would not take it, a sentence that says so: what was there before is still there. Where nothing
+    could ever be written, that is an error (OSError). best: it is the best so far, kept as path.best if any but the newest are."""
     try:
         files.save(path, tree, keep)
         if keep > 1 and best:
             files.name_too(path, f"{path}.best")
         return ""
     except OSError as error:
-        stays = "that of before stays" if Path(path).exists() else "there is none yet"
-        return f"the checkpoint after step {tree['index'] - 1} could not be written, {stays}, and the training goes on: {error}"
+        if not Path(path).exists():
+            raise
+        step = tree["index"] - 1
+        return f"the checkpoint after step {step} could not be written, that of before stays, and the training goes on: {error}"
 
 
 def begin_alike(accelerator, modules) -> None:

@@ -436,6 +436,9 @@ def test_a_disk_that_fills_stops_no_training(tmp_path, monkeypatch):
             found.append(load(tmp_path / "c")["index"])
             assert {p.name for p in tmp_path.iterdir()} <= {"c", "c.1", "c.best"}
     assert found == [1, 2, 2, 2, 2, 6, 7, 8, 9, 10, 11, 12]
+    saves[:] = [1, 1]
+    with pytest.raises(OSError, match="No space left"):                     # where nothing was ever written it is told at once
+        list(quick(tmp_path / "other", save_seconds=0))
     *_, whole = quick()
     assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), step.network.parameters()))
 
