@@ -16,7 +16,7 @@ from easy_diffusion.samplers import ddim
 from easy_diffusion.schedule import NoiseSchedule
 from easy_diffusion.score_sde import VarianceExploding, uniform_time
 from easy_diffusion.text import CharacterEncoder
-from easy_diffusion.train import by_quartile, fast_precision, stopped_falling, train, uniform_timesteps
+from easy_diffusion.train import by_quartile, fast_precision, stopped_falling, train
 from easy_diffusion.unet import UNet
 
 DIFFUSION = GaussianDiffusion(NoiseSchedule.cosine(100), predicts="v")
@@ -368,22 +368,28 @@ def test_chance_of_a_step_is_its_own_whatever_the_caller_draws():
     """The generators of the caller have no say in a run, nor a run in them; timesteps of numpy's and Python's go on, too."""
     def by_numpy(batch, steps, generator):
         return torch.from_numpy(np.random.randint(steps - 1, size=batch)) + random.randint(0, 1)
+    def draws():
+        return float(torch.rand(())), np.random.rand(), random.random()
+
+    def seeded(seed):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
     losses = []
     for seed in (1, 2):
-        for step in quick(timesteps=uniform_timesteps):
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-            before = torch.rand(3), np.random.rand()
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-        after = torch.rand(3), np.random.rand()
-        assert torch.equal(before[0], after[0]) and before[1] == after[1]
-        losses.append(step.loss)
+        steps = quick()
+        next(steps)
+        seeded(seed)
+        expected = draws()
+        seeded(seed)
+        next(steps)
+        assert draws() == expected                                          # a step of the run lies between
+        losses.append([step.loss for step in steps])
     assert losses[0] == losses[1]
     seen = []
     for seed in (1, 2):
-        random.seed(seed)
-        np.random.seed(seed)
+        seeded(seed)
         seen.append([step.loss for step in quick(timesteps=by_numpy)])
     assert seen[0] == seen[1]
 
