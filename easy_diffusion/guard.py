@@ -9,7 +9,7 @@
     memory runs out                                the batch goes through the network in twice as many pieces, whose gradients add up
 
 The moving average is what one goes back to because it is there anyway and lies in the middle of the good weights. A copy of it is taken
-every hundred steps, unless there was something wrong on the way or the loss has doubled. The file needs torch and psutil.
+every hundred steps, unless there was something wrong on the way or the loss has doubled. The file needs torch.
 
 >>> guard = Guard(torch.nn.ModuleDict({"network": torch.nn.Linear(1, 1)}))
 >>> guard.wrong_with(0.5, 1.0, losses=[0.5] * 100), guard.wrong_with(float("nan"), 1.0, [])
@@ -25,10 +25,10 @@ every hundred steps, unless there was something wrong on the way or the loss has
 import copy
 import gc
 import math
+import os
 import resource
 from collections.abc import Callable
 
-import psutil
 import torch
 
 WINDOW = 100                                                                # losses that a spike is told from, and steps between two copies
@@ -116,15 +116,17 @@ def largest_batch(step: Callable[[int], object], most: int = 1024) -> int:
 
     A GPU says no; a computer without one begins to swap, so there a step is only tried if, as the steps before have grown, it will take
     less than half of what is free. Raises MemoryError if not even one picture fits."""
-    process, fits, needs = psutil.Process(), 0, 0
+    def peak():
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    fits, before = 0, peak()
     while fits < most:
-        pictures = max(1, 2 * fits)
-        if not torch.cuda.is_available() and 2 * needs > psutil.virtual_memory().available / 2:
+        pictures, free = max(1, 2 * fits), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if not torch.cuda.is_available() and 2 * (peak() - before) > free / 2:
             break
-        before = process.memory_info().rss
         if unless_out_of_memory(lambda pictures=pictures: [step(pictures)]) is None:
             break
-        fits, needs = pictures, max(2 * needs, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        fits = pictures
     if not fits:
         raise MemoryError("there is not enough memory for a step with one picture: take a smaller network or smaller pictures")
     return fits

@@ -14,7 +14,7 @@ All chance of step i follows from (seed, i): timesteps, dropped captions, noise,
 for the batches of all processes, and each takes its share; so two processes learn what one with the double batch does, and a run that was
 killed goes on, with a loader of `batches`, to the same weights as one that was not: on a CPU to the bit.
 
-accelerate knows device, precision and the other processes. The file needs torch, accelerate and psutil and, beside it, batches.py,
+accelerate knows device, precision and the other processes. The file needs torch and accelerate and, beside it, batches.py,
 checkpoint.py, guard.py, muon.py and run.py; its example also schedule.py, samplers.py and diffusion.py.
 
 >>> from .schedule import NoiseSchedule
