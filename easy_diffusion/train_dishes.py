@@ -5,7 +5,7 @@ Without --data it draws dishes with Chinese names; --data takes a folder of phot
 options it is the demo's. Several GPUs, machines, or processes of a CPU:
 
     accelerate launch --multi_gpu -m easy_diffusion.train_dishes --batch-size 32
-    torchrun --nproc_per_node 2 -m easy_diffusion.train_dishes                        # without a GPU
+    torchrun --standalone --nproc_per_node 2 -m easy_diffusion.train_dishes           # without a GPU
 
 Each process then takes --batch-size pictures a step. Into --out it writes
 

@@ -79,7 +79,7 @@ def test_the_largest_batch_is_asked_for(tmp_path, monkeypatch):
 
 def test_it_can_be_launched_as_two_processes(tmp_path):
     """By torchrun, which is also what accelerate launches the processes of several GPUs by."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
                            "-m", "easy_diffusion.train_dishes", *SMALL, "--size", "32", "--dishes", "24", "--out", str(tmp_path),
                            "--steps", "3", "--look-minutes", "0"],
                           cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
