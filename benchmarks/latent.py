@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from datasets.dishes import attributes, dish_names
-from easy_diffusion import demo
+from easy_diffusion import recipe
 from easy_diffusion.batches import batches
 from easy_diffusion.latent import EncodedBatch, decoded, encoder_of
 from easy_diffusion.metrics import psnr, share, sharpness, ssim
@@ -35,7 +35,7 @@ def quality(autoencoder, reader, pictures, names) -> dict:
 
 def fidelity(reader, step, diffusion, autoencoder, names, size):
     """The share of names whose sample is read fully right."""
-    pictures = torch.cat([torch.from_numpy(demo.sample(step.network, step.encoder, diffusion, names[i:i + 100], size, seed=i,
+    pictures = torch.cat([torch.from_numpy(recipe.sample(step.network, step.encoder, diffusion, names[i:i + 100], size, seed=i,
                                                        autoencoder=autoencoder)).permute(0, 3, 1, 2) for i in range(0, len(names), 100)])
     return share(reader.fully_right(pictures, [attributes(name) for name in names]))
 
@@ -47,8 +47,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out"), help="where dishes, reader and autoencoder are kept")
     options = parser.parse_args()
     size, minutes, count = (32, 0.05, 20) if options.quick else (128, options.minutes, 300)
-    pictures = demo.prepare(options.out / f"dishes_{size}", 200 if options.quick else demo.DISHES, size)
-    latents, autoencoder = demo.prepare_latents(pictures, options.out, size, minutes)
+    pictures = recipe.prepare(options.out / f"dishes_{size}", 200 if options.quick else recipe.DISHES, size)
+    latents, autoencoder = recipe.prepare_latents(pictures, options.out, size, minutes)
     reader = trained_reader(size, 40, options.out, 1000) if options.quick else trained_reader(size, 1600, options.out, 20_000)
     real, real_names = drawings(100 if options.quick else 1000, size, "held_out", 102)
     accuracy = share(reader.fully_right(real, [attributes(name) for name in real_names]))
@@ -64,15 +64,15 @@ def main():
     rows, speed = [], {}
     for scheme, (data, collate, space) in schemes.items():
         torch.manual_seed(0)
-        network, encoder, diffusion = demo.build("".join(dish_names("train")), space)
-        walk, moments = train(network, diffusion, batches(data, demo.BATCH, collate=collate), encoder, minutes=minutes, steps=10 ** 7,
-                              **demo.TRAINING), [0.5, 1.0]
+        network, encoder, diffusion = recipe.build("".join(dish_names("train")), space)
+        walk, moments = train(network, diffusion, batches(data, recipe.BATCH, collate=collate), encoder, minutes=minutes, steps=10 ** 7,
+                              **recipe.TRAINING), [0.5, 1.0]
         for step in tqdm(walk, desc=scheme, unit="step"):
             if step.progress >= moments[0]:
                 moments.pop(0)
                 speed[scheme] = step.pictures_per_second
                 right = fidelity(reader, step, diffusion, space, names, size)
-                rows.append({"scheme": scheme, "minutes": round(step.seconds / 60, 2), "pictures": (step.index + 1) * demo.BATCH,
+                rows.append({"scheme": scheme, "minutes": round(step.seconds / 60, 2), "pictures": (step.index + 1) * recipe.BATCH,
                              "pictures/s": step.pictures_per_second, "held_out_fidelity": right})
                 tqdm.write(str(rows[-1]))
     disk = [{"store": name, "MB per 1,000": (options.out / f"{name}_{size}" / "data.mdb").stat().st_size / len(pictures) / 1e3}

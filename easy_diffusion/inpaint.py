@@ -6,8 +6,12 @@ At every step down from t to s, what is known is put back at the right level of 
 
 Alone, this gives parts that do not fit each other, because the model cannot answer to what was pasted in. So the walk goes
 back up, x_u = sqrt(a_u / a_s) x_s + sqrt(1 - a_u / a_s) ε with a = alpha_bar, and down again, several times, and the two
-parts grow together (Lugmayr et al., "RePaint", 2022, algorithm 1 and appendix B). The file needs torch, numpy and,
-beside it, samplers.py; its example also schedule.py.
+parts grow together (Lugmayr et al., "RePaint", 2022, algorithm 1 and appendix B).
+
+A painter is a function (picture uint8 [H, W, 3], mask bool [H, W], True = repaint) → picture, whose pixels outside the mask are the
+picture's own, to the byte. `painter` makes one of a model of pixels, latent.py one of a model of latents, sd_painter.py one of Stable
+Diffusion; `blended` sets what they paint into the picture. The file needs torch, numpy and, beside it, samplers.py; its example
+also schedule.py.
 
 >>> from .schedule import NoiseSchedule
 >>> grey = lambda x_t, t: Prediction(torch.zeros_like(x_t), x_t)
@@ -23,6 +27,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .samplers import Prediction, Step, ddpm_step, normal_noise, spaced_timesteps, to_pictures  # noqa: F401 (the example's)
 
@@ -85,12 +90,63 @@ def painter(denoise, schedule, steps: int = 25, jump: int = 5, resamples: int = 
             watch: Callable = iter) -> Callable:
     """A function (picture uint8 [H, W, 3], mask bool [H, W]) → picture that repaints the mask; the rest stays to the byte.
 
-    It runs `repaint` on `device`. watch wraps each walk's steps: tqdm, say, for a progress bar.
+    It runs `repaint` on `device`. watch wraps each walk's steps: tqdm, say, for a progress bar. What it returns raises ValueError for a
+    mask of another shape or type.
     """
     def paint(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if not check_mask(picture, mask).any():
+            return picture.copy()
         x0 = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1     # [1, 3, H, W]
         where = torch.from_numpy(mask)[None, None].to(device)                                              # [1, 1, H, W]
         *_, last = watch(repaint(denoise, schedule, x0, where, steps, jump, resamples, generator))
         return np.where(mask[..., None], to_pictures(last.x)[0], picture)
 
     return paint
+
+
+def check_mask(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask, if it is one for this picture: bool [H, W], of the picture's height and width. Else ValueError."""
+    if mask.dtype != np.bool_ or mask.shape != picture.shape[:2]:
+        raise ValueError(f"for a picture {list(picture.shape)} a mask is bool {list(picture.shape[:2])}, True = repaint; not {mask.dtype} "
+                         f"{list(mask.shape)}")
+    return mask
+
+
+def filled(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A picture uint8 [H, W, C] whose masked pixels have grown in from their known neighbours, ring by ring; all grey if none is known."""
+    values, unknown = np.where(mask[..., None], 127, picture).astype(np.float32), mask.copy()
+    while unknown.any() and not unknown.all():
+        known = np.pad((~unknown).astype(np.float32), 1)                    # [H + 2, W + 2]
+        colours = np.pad(values * (~unknown)[..., None], ((1, 1), (1, 1), (0, 0)))
+        shifts = [(slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])) for y in range(3) for x in range(3)]
+        count, total = sum(known[s] for s in shifts), sum(colours[s] for s in shifts)
+        grown = unknown & (count > 0)
+        values[grown] = total[grown] / count[grown][:, None]
+        unknown &= ~grown
+    return values.round().astype(np.uint8)
+
+
+def blended(painted: np.ndarray, picture: np.ndarray, mask: np.ndarray, width: int = 8) -> np.ndarray:
+    """A picture [H, W, 3] that was painted whole, set into the mask of another, uint8, without a seam; outside the mask that one stays to
+    the byte.
+
+    A decoder does not give back what it was given: colours shift a little, and that adds up from repaint to repaint. By how much, is known
+    beside the mask: error = picture - painted. Its mean over the known pixels near the mask is added to all that was painted, and up to
+    `width` pixels into the mask its mean over the known pixels near each place, less and less of it.
+    """
+    check_mask(picture, mask)
+    if mask.all() or not mask.any():
+        return (painted if mask.all() else picture).astype(np.uint8)
+    error = torch.from_numpy(np.where(mask[..., None], 0, picture.astype(np.float32) - painted)).permute(2, 0, 1)    # [3, H, W]
+    known = torch.from_numpy(~mask).float()[None]                           # [1, H, W]
+
+    def around(x, pixels):                                                  # the mean over the square of so many pixels to each side
+        return F.avg_pool2d(x, 2 * pixels + 1, stride=1, padding=pixels, count_include_pad=False)
+
+    near = (known > 0) & (around(known, 2 * width) < 1)
+    shift = (error * near).sum(dim=(1, 2), keepdim=True) / near.sum()       # [3, 1, 1]
+    share = around(known, width)                                            # half at a straight rim, 0 from `width` pixels on
+    local = around(error, width) / share.clamp(min=1e-6)                    # [3, H, W]
+    added = shift + (2 * share).clamp(max=1) * (local - shift)
+    whole = (torch.from_numpy(painted.astype(np.float32)) + added.permute(1, 2, 0)).clamp(0, 255).round().byte().numpy()
+    return np.where(mask[..., None], whole, picture)
