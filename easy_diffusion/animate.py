@@ -29,13 +29,13 @@ FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansS
 FORMATS = ("gif", "mp4", "webp")
 
 
-def animate(dish: str | np.ndarray, move: str, paint: Callable, *, draw: Callable | None = None, repaints: int = 2,
+def animate(dish: str | np.ndarray, move: str, paint: Callable, *, draw: Callable | None = None, repaints: int = 1,
             pixels: int | None = None, seconds: float = 4.0, fps: int = 20, size: tuple[int, int] | None = None,
             reverse: bool = False) -> list[np.ndarray]:
     """The frames of a loop, seconds · fps of them, uint8 [H, W, 3] of `size` (W, H) pixels (default: the picture's).
 
     dish: a picture uint8 [H, W, 3], or a name, of which draw(name) makes one. move: one of camera.MOVES. repaints: how often the camera
-    goes on to something unpainted; circle does once. pixels: how far each time (see `default_pixels`). reverse: played backwards; centre
+    goes on to something unpainted; circle always once. pixels: how far each time (see `default_pixels`). reverse: played backwards; centre
     then rises out of the picture instead of falling into it. The painter is called `repaints` times for a straight move, three times as
     often for a slanting one, once for circle, and repaints + 1 times for centre, whatever the number of frames. Raises ValueError for an
     unknown move, a name without draw, or a picture of another form.
@@ -61,8 +61,13 @@ def animate(dish: str | np.ndarray, move: str, paint: Callable, *, draw: Callabl
 
 
 def default_pixels(move: str, size: tuple[int, int]) -> int:
-    """How far the camera goes at a time: a quarter of the shorter side, or an eighth for circle and centre."""
-    return max(1, min(size) // (4 if move in camera.DIRECTIONS else 8))
+    """How far the camera goes at a time: seven eighths of the side that it goes along, or an eighth for circle and centre.
+
+    Seven eighths, because a model that has learned whole dishes in the middle of a table can then paint a whole one beside the first, and
+    what is left in view is table enough to go on with; of half a dish it would make another half, of something else."""
+    if move not in camera.DIRECTIONS:
+        return max(1, min(size) // 8)
+    return max(1, min(side for side, way in zip(size, camera.DIRECTIONS[move]) if way) * 7 // 8)
 
 
 def paint_strip(picture: np.ndarray, move: str, paint: Callable, repaints: int, pixels: int) -> tuple[np.ndarray, tuple[int, int]]:

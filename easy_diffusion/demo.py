@@ -98,7 +98,7 @@ def options_of(arguments) -> argparse.Namespace:
     parser.add_argument("--prompt", default="delicious chinese food on a table, seen from above", help="what Stable Diffusion is told")
     parser.add_argument("--steps", type=int, default=25, help="of DDIM for a sample, and noise levels of a repaint")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1 is none")
-    parser.add_argument("--repaints", type=int, default=2, help="how often the camera moves on to something unpainted")
+    parser.add_argument("--repaints", type=int, default=1, help="how often the camera moves on to something unpainted")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of the film")
     parser.add_argument("--fps", type=int, default=20, help="frames a second; 10, 20 and 25 are exact in a GIF")
     parser.add_argument("--format", choices=FORMATS, default="gif", help="of the film")

@@ -36,8 +36,8 @@ from .train import fast_precision, train
 from .train_autoencoder import measure_latents, train_autoencoder
 from .unet import UNet
 
-SIZE, DISHES, BATCH = 64, 20_000, 32
-AUTOENCODER, AUTOENCODER_BATCH = dict(channels=(64, 128), patch=4), 8
+SIZE, DISHES, BATCH, LATENT_BATCH = 64, 20_000, 32, 64
+AUTOENCODER, AUTOENCODER_BATCH = dict(channels=(64, 128), patch=4, latent_channels=16), 8
 AUTOENCODER_TRAINING = dict(learning_rate=2e-3, muon_learning_rate=3e-3, ema=0.995)
 REPAINT = dict(jump=5, resamples=4)
 TRAINING = dict(learning_rate=2e-3, muon_learning_rate=3e-3, ema=0.998, decay=0.5, timesteps=logit_normal_timesteps)
@@ -45,9 +45,9 @@ TRAINING = dict(learning_rate=2e-3, muon_learning_rate=3e-3, ema=0.998, decay=0.
 
 def build(characters: str, autoencoder: Autoencoder | None = None):
     """The demo's network, encoder of those characters and diffusion: small enough for two CPU cores. With an autoencoder the network is for
-    its latents, which are so small that each of their numbers is looked at on its own."""
+    its latents; of pictures it sees 4×4 pixels as one place, of latents 2×2."""
     encoder = CharacterEncoder(characters, dim=128, layers=2)
-    channels, patch = (3, 4) if autoencoder is None else (autoencoder.settings["latent_channels"], 1)
+    channels, patch = (3, 4) if autoencoder is None else (autoencoder.settings["latent_channels"], 2)
     network = UNet(channels, channels, channels=(64, 128), attention=(False, True), heads=2, patch=patch, context_dim=encoder.dim,
                    pooled=True)
     return network, encoder, GaussianDiffusion(NoiseSchedule.cosine(1000), predicts="x0", loss_weight=velocity_weight)
@@ -73,8 +73,8 @@ def train_the_autoencoder(autoencoder: Autoencoder, store, checkpoint: Path | No
                              save_seconds=min(30, 3 * minutes), **AUTOENCODER_TRAINING)
 
 
-def prepare_latents(store, out: Path, size: int, minutes: float) -> tuple[LatentLmdb, Autoencoder]:
-    """The store's latents, and the autoencoder that made them; each is made, or finished, if it is not there yet."""
+def prepare_latents(store, out: Path, size: int, minutes: float, judge: Callable | None = None) -> tuple[LatentLmdb, Autoencoder]:
+    """The store's latents, and the autoencoder that made them; each is made, or finished, if it is not there yet. judge: see `look_at`."""
     path, checkpoint = out / f"autoencoder_{size}.safetensors", out / f"autoencoder_{size}.training.safetensors"
     sheet, looked = out / f"autoencoder_{size}.png", 0.0
     if not path.exists():
@@ -86,12 +86,12 @@ def prepare_latents(store, out: Path, size: int, minutes: float) -> tuple[Latent
                 bar.update(100 * step.progress - bar.n)
                 if step.seconds > looked + 60:
                     looked = step.seconds
-                    bar.write(f"after {looked / 60:.1f} minutes {look_at(step.autoencoder, sheet, size)}")
+                    bar.write(f"after {looked / 60:.1f} minutes {look_at(step.autoencoder, sheet, size, judge)}")
         autoencoder = Autoencoder(**AUTOENCODER)
         files.load_into(autoencoder, files.load(checkpoint)["models"]["average"])
         measure_latents(autoencoder, batches(store, BATCH))
         save_autoencoder(path, autoencoder)
-        print(look_at(autoencoder, sheet, size))
+        print(look_at(autoencoder, sheet, size, judge))
     autoencoder = load_autoencoder(path).to("cuda" if torch.cuda.is_available() else "cpu")
     folder, encode = out / f"latents_{size}", encoder_of(autoencoder)
 
@@ -105,19 +105,30 @@ def prepare_latents(store, out: Path, size: int, minutes: float) -> tuple[Latent
     return LatentLmdb(folder, fingerprint(autoencoder)), autoencoder
 
 
-def look_at(autoencoder: Autoencoder, path: Path, size: int, count: int = 12) -> str:
-    """Write held-out dishes, each as drawn and as the autoencoder gives it back, into a picture; how near they are, in words."""
+def look_at(autoencoder: Autoencoder, path: Path, size: int, judge: Callable | None = None, count: int = 100) -> str:
+    """Write held-out dishes, each as drawn and as the autoencoder gives it back, into a picture; how near `count` of them are, in words.
+
+    judge: (pictures uint8 [B, 3, H, W], names) → the share of them that show what their names say, such as a reader's."""
     names = random.Random(0).sample(dish_names("held_out"), count)
     real = torch.from_numpy(np.stack([draw(name, size, seed=1) for name in names]))                         # [B, 3, H, W]
-    back = decoded(autoencoder, encoder_of(autoencoder)(real)[0])                                           # [B, H, W, 3]
-    write_png(path, contact_sheet([list(pair) for pair in zip(real.permute(0, 2, 3, 1).numpy(), back)], names, columns=3, side=size))
-    back = torch.from_numpy(back).permute(0, 3, 1, 2)
-    return f"held-out dishes come back with a PSNR of {psnr(real, back).mean():.1f} dB, an SSIM of {ssim(real, back).mean():.2f}"
+    back = given_back(autoencoder, real)
+    pairs = torch.stack([real, back], dim=1)[:12].permute(0, 1, 3, 4, 2).numpy()                            # [12, 2, H, W, 3]
+    write_png(path, contact_sheet([list(pair) for pair in pairs], names[:12], columns=3, side=size))
+    read = f", {judge(back, names):.0%} read fully right" if judge is not None else ""
+    return f"held-out dishes come back with a PSNR of {psnr(real, back).mean():.1f} dB, an SSIM of {ssim(real, back).mean():.2f}{read}"
+
+
+def given_back(autoencoder: Autoencoder, pictures: torch.Tensor) -> torch.Tensor:
+    """What an autoencoder makes of pictures uint8 [B, 3, H, W]: the same, encoded and decoded."""
+    encode = encoder_of(autoencoder)
+    with autocast(next(autoencoder.parameters()).device):
+        return torch.cat([torch.from_numpy(decoded(autoencoder, encode(some)[0])).permute(0, 3, 1, 2) for some in pictures.split(25)])
 
 
 def training(network, encoder, diffusion, store, checkpoint: Path | None, minutes: float):
-    """The demo's training, as a generator of steps."""
-    return train(network, diffusion, batches(store, BATCH), encoder, minutes=minutes, steps=10 ** 7, checkpoint=checkpoint,
+    """The demo's training, as a generator of steps. store: of pictures, or of latents, which are so small that more of them go together."""
+    loader = batches(store, LATENT_BATCH if isinstance(store, LatentLmdb) else BATCH)
+    return train(network, diffusion, loader, encoder, minutes=minutes, steps=10 ** 7, checkpoint=checkpoint,
                  save_seconds=min(30, 3 * minutes), **TRAINING)
 
 
