@@ -14,7 +14,7 @@ MODULES = sorted(path for folder in ("easy_diffusion", "datasets") for path in (
 ORDER = ["schedule", "samplers", "score_sde", "flow_matching", "diffusion", "batches", "blocks", "checkpoint", "stable_diffusion", "unet",
          "autoencoder", "text", "finetune_cn_clip",
          "muon", "train", "autoencoder_loss", "train_autoencoder",
-         "camera", "inpaint", "latent", "animate", "metrics", "demo", "dish_shapes", "dishes",
+         "camera", "inpaint", "latent", "sd_painter", "animate", "metrics", "demo", "dish_shapes", "dishes",
          "lmdb_store", "caption_states", "aipos", "aipos_lmdb", "pokemon_lmdb", "latents_lmdb"]
 GROUND = {"schedule", "batches", "blocks", "camera", "checkpoint", "text", "samplers", "score_sde", "lmdb_store"}
 
