@@ -15,9 +15,9 @@ the model, and both painters share them:
               at N, the kept pixels near the mask, the truth is known, so the error can be measured, and taken from the hidden ones, too:
                   painted ← painted - mean_N(painted - picture)          of each channel
     rounding  a shift of 0.3 levels would be rounded away again. floor(y + u), u uniform in [0, 1), is y on average (Croci et al.,
-              "Stochastic Rounding: Implementation, Error Analysis and Applications", 2022). With u = (i / p + j / p²) mod 1 at pixel
-              (i, j), p³ = p + 1, it is so over each small patch, too (M. Roberts, "The Unreasonable Effectiveness of Quasirandom
-              Sequences", 2018): chance would leave a few hundredths of a level, forty times over
+              "Stochastic Rounding: Implementation, Error Analysis and Applications", 2022). With u = (s + i / p + j / p²) mod 1 at
+              pixel (i, j), p³ = p + 1, it is so over each small patch, too (M. Roberts, "The Unreasonable Effectiveness of
+              Quasirandom Sequences", 2018); s differs from picture to picture, lest one pattern grow in forty repaints
 
 The file needs torch, numpy, Pillow and safetensors and, beside it, samplers.py, schedule.py, diffusion.py, stable_diffusion.py and
 checkpoint.py; `stable_diffusion_painter` also diffusers and transformers; its example also unet.py, autoencoder.py and blocks.py.
@@ -298,8 +298,8 @@ def matched(painted: np.ndarray, picture: np.ndarray, mask: np.ndarray, width: i
     An autoencoder gives back a picture in slightly other colours. A picture that grows in many repaints so darkens, or turns reddish, as
     users of outpainting tools complain: each repaint starts from the last one's colours, and the errors add up. At kept
     pixels both the truth and what the decoder made of it are known. Their mean difference is its error there, measured over hundreds
-    of pixels; across the seam, a few pixels on, it is taken to be the same. It is one number a channel, so nothing that was painted
-    loses its shape, its contrast or its own colours. mask bool [H, W], True = painted.
+    of pixels; across the seam, a few pixels on, it is taken to be the same. It is one number a channel, so what was painted
+    keeps its shapes and its contrast, and gets none back that the decoder took. mask bool [H, W], True = painted.
     width: how many pixels from the mask count as near (default: an eighth of the longer side, at least 8). If nothing is kept, nothing
     is shifted.
     """
@@ -321,5 +321,6 @@ def laid_in(painted: np.ndarray, picture: np.ndarray, mask: np.ndarray) -> np.nd
     if not np.isfinite(painted).all():
         raise ValueError("the painted picture is not finite: the networks have left the range of their precision, try dtype=torch.float32")
     i, j, channel = np.indices(painted.shape)
-    u = (i / PLASTIC + j / PLASTIC ** 2 + channel / 3) % 1                  # not all channels of a pixel go up together
+    s = int(picture.sum(dtype=np.int64)) / PLASTIC % 1                      # as good as chance, but the same for the same picture
+    u = (s + i / PLASTIC + j / PLASTIC ** 2 + channel / 3) % 1              # not all channels of a pixel go up together
     return np.where(mask[..., None], np.floor(painted + u).clip(0, 255).astype(np.uint8), picture)
