@@ -105,7 +105,9 @@ def painter(denoise, schedule, steps: int = 25, jump: int = 5, resamples: int = 
 
 
 def check_mask(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The mask, if it is one for this picture: bool [H, W], of the picture's height and width. Else ValueError."""
+    """The mask bool [H, W], if it is one for this picture uint8 [H, W, 3]; else ValueError."""
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ValueError(f"a picture is uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
     if mask.dtype != np.bool_ or mask.shape != picture.shape[:2]:
         raise ValueError(f"for a picture {list(picture.shape)} a mask is bool {list(picture.shape[:2])}, True = repaint; not {mask.dtype} "
                          f"{list(mask.shape)}")

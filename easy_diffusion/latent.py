@@ -114,12 +114,14 @@ def latent_painter(denoise, schedule, autoencoder: Autoencoder, steps: int = 25,
     """
     encode, device = encoder_of(autoencoder), next(autoencoder.parameters()).device
 
+    @torch.no_grad()
     def paint(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
         if not check_mask(picture, mask).any():
             return picture.copy()
         known = torch.from_numpy(filled(picture, mask)).permute(2, 0, 1)[None]                              # [1, 3, H, W]
         where = latent_mask(torch.from_numpy(mask)[None, None], autoencoder.factor).to(device)              # [1, 1, h, w]
         *_, last = watch(repaint(denoise, schedule, encode(known)[0], where, steps, jump, resamples, generator))
-        return blended(decoded(autoencoder, last.x)[0], picture, mask)
+        painted = autoencoder.eval().decode(last.x / autoencoder.scale + autoencoder.shift).float()        # [1, 3, H, W], not rounded yet
+        return blended((painted.clamp(-1, 1) + 1)[0].permute(1, 2, 0).cpu().numpy() * 127.5, picture, mask)
 
     return paint
