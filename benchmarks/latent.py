@@ -86,9 +86,11 @@ def main():
     rows, speed = [], {}
     for scheme, (data, batch, collate, space) in schemes.items():
         torch.manual_seed(0)
+        kept = options.out / f"benchmark_{scheme.replace(', ', '_').replace(' ', '_')}_{size}.safetensors"      # to look at afterwards
+        kept.unlink(missing_ok=True)
         network, encoder, diffusion = recipe.build("".join(dish_names("train")), space)
         walk, moments = train(network, diffusion, batches(data, batch, collate=collate), encoder, minutes=minutes, steps=10 ** 7,
-                              **recipe.TRAINING), [0.5, 1.0]
+                              checkpoint=kept, **recipe.TRAINING), [0.5, 1.0]
         for step in tqdm(walk, desc=scheme, unit="step"):
             if step.progress >= moments[0]:
                 moments.pop(0)

@@ -29,16 +29,17 @@ FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansS
 FORMATS = ("gif", "mp4", "webp")
 
 
-def animate(dish: str | np.ndarray, move: str, paint: Callable, *, draw: Callable | None = None, repaints: int = 1,
-            pixels: int | None = None, seconds: float = 4.0, fps: int = 20, size: tuple[int, int] | None = None,
+def animate(dish: str | np.ndarray, move: str, paint: Callable, *, around: Callable | None = None, draw: Callable | None = None,
+            repaints: int = 1, pixels: int | None = None, seconds: float = 4.0, fps: int = 20, size: tuple[int, int] | None = None,
             reverse: bool = False) -> list[np.ndarray]:
     """The frames of a loop, seconds · fps of them, uint8 [H, W, 3] of `size` (W, H) pixels (default: the picture's).
 
-    dish: a picture uint8 [H, W, 3], or a name, of which draw(name) makes one. move: one of camera.MOVES. repaints: how often the camera
-    goes on to something unpainted; circle always once. pixels: how far each time (see `default_pixels`). reverse: played backwards; centre
-    then rises out of the picture instead of falling into it. The painter is called `repaints` times for a straight move, three times as
-    often for a slanting one, once for circle, and repaints + 1 times for centre, whatever the number of frames. Raises ValueError for an
-    unknown move, a name without draw, or a picture of another form.
+    dish: a picture uint8 [H, W, 3], or a name, of which draw(name) makes one. move: one of camera.MOVES. paint: the painter of what lies
+    beside the dish and, for centre, within it; around: of what lies around it (default: the same). repaints: how often the camera goes on
+    to something unpainted; circle always once. pixels: how far each time (see `default_pixels`). reverse: played backwards; centre then
+    rises out of the picture instead of falling into it. The painters are called `repaints` times for a straight move, three times as often
+    for a slanting one, once for circle, and repaints + 1 times for centre, whatever the number of frames. Raises ValueError for an unknown
+    move, a name without draw, or a picture of another form.
     """
     if move not in camera.MOVES:
         raise ValueError(f"a move is one of {', '.join(camera.MOVES)}, not {move!r}")
@@ -53,9 +54,9 @@ def animate(dish: str | np.ndarray, move: str, paint: Callable, *, draw: Callabl
         canvas, start = paint_strip(picture, move, paint, repaints, pixels)
         film = camera.pan_frames(canvas, start, move, repaints * pixels, (w, h), size, frames)
     elif move == "circle":
-        film = camera.circle_frames(picture, paint(*camera.uncover(picture, move, pixels)), pixels, size, frames)
+        film = camera.circle_frames(picture, (around or paint)(*camera.uncover(picture, move, pixels)), pixels, size, frames)
     else:
-        film = camera.zoom_frames(*paint_nested(picture, paint, repaints, pixels), size, frames)
+        film = camera.zoom_frames(*paint_nested(picture, paint, around or paint, repaints, pixels), size, frames)
     film = list(film)
     return film[:1] + film[:0:-1] if reverse else film
 
@@ -88,14 +89,15 @@ def paint_strip(picture: np.ndarray, move: str, paint: Callable, repaints: int, 
     return canvas, (x0, y0)
 
 
-def paint_nested(picture: np.ndarray, paint: Callable, repaints: int, pixels: int) -> tuple[list[np.ndarray], list[tuple]]:
+def paint_nested(picture: np.ndarray, paint: Callable, around: Callable, repaints: int,
+                 pixels: int) -> tuple[list[np.ndarray], list[tuple]]:
     """Nested pictures without end, the dish's first: it, with the widest view around it in its own middle; that view, with the next
     narrower one in its middle; and so on until the dish again. Also the box of each one's inner picture, for camera.zoom_frames."""
-    size, around = picture.shape[1::-1], [picture]
+    size, views = picture.shape[1::-1], [picture]
     for _ in range(repaints):
-        around.append(paint(*camera.uncover(around[-1], "circle", pixels)))
-    closed = paint(*camera.uncover(picture, "centre", pixels, inside=around[-1]))
-    return [closed, *around[:0:-1]], [camera.inner_box(size, "centre", pixels)] + [camera.inner_box(size, "circle", pixels)] * repaints
+        views.append(around(*camera.uncover(views[-1], "circle", pixels)))
+    closed = paint(*camera.uncover(picture, "centre", pixels, inside=views[-1]))
+    return [closed, *views[:0:-1]], [camera.inner_box(size, "centre", pixels)] + [camera.inner_box(size, "circle", pixels)] * repaints
 
 
 def mosaic(films: list[list[np.ndarray]], captions: list[str], columns: int = 4, side: int = 128) -> list[np.ndarray]:

@@ -157,17 +157,18 @@ def main(arguments=None) -> int:
             return tqdm(walk, desc=f"repainting around {name}", unit="step", leave=False)
         if options.painter == "sd":
             from .sd_painter import stable_diffusion_painter
-            paint = stable_diffusion_painter(options.sd, options.prompt, size=512, config=options.sd_config, watch=watch,
-                                             generator=torch.Generator().manual_seed(options.seed))
-        else:
-            paint = painter_of(*model, "" if options.image else name, options.steps, options.guidance, options.seed, watch)
+            paint = around = stable_diffusion_painter(options.sd, options.prompt, size=512, config=options.sd_config, watch=watch,
+                                                      generator=torch.Generator().manual_seed(options.seed))
+        else:   # beside a dish lies another helping of it; around it there is a table, of which its name says nothing
+            around = painter_of(*model, "", options.steps, 1.0, options.seed, watch)
+            paint = around if options.image else painter_of(*model, name, options.steps, options.guidance, options.seed, watch)
         if options.mask:
             dish = paint(dish, read_mask(options.mask, options.image, len(dish)))
         write_png(options.out / f"{name}.png", contact_sheet([[dish]], [name], columns=1, side=options.show))
         written.append(options.out / f"{name}.png")
         for move in tqdm(moves, desc=f"films of {name}", unit="film", disable=len(moves) == 1):
-            films[name, move] = animate(dish, move, paint, repaints=options.repaints, seconds=options.seconds, fps=options.fps,
-                                        size=(options.show, options.show), reverse=options.reverse)
+            films[name, move] = animate(dish, move, paint, around=around, repaints=options.repaints, seconds=options.seconds,
+                                        fps=options.fps, size=(options.show, options.show), reverse=options.reverse)
             written.append(options.out / f"{name}_{move}.{options.format}")
             write_film(written[-1], films[name, move], options.fps)
     for name in options.names if len(moves) > 1 else ():

@@ -183,7 +183,7 @@ def sample(network, encoder, diffusion, names: list[str], size: int = SIZE, step
 
 def painter_of(network, encoder, diffusion, autoencoder, name: str, steps: int = 25, guidance: float = 2.0, seed: int = 0,
                watch: Callable = iter) -> Callable:
-    """The demo's painter for what lies around a dish of this name: RePaint, in pixels or latents."""
+    """The demo's painter of what this name says, "" for what there is beside a dish: RePaint, in pixels or latents."""
     denoise = guided_denoiser(network, encoder, diffusion, [name], guidance, clip=autoencoder is None)
     how = dict(steps=steps, generator=torch.Generator().manual_seed(seed), watch=watch, **REPAINT)
     if autoencoder is None:

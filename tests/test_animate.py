@@ -110,7 +110,7 @@ def test_a_strip_is_painted_through_the_views_of_the_camera(picture, move):
 
 def test_nested_pictures_hold_one_another(picture):
     h, w = picture.shape[:2]
-    nested, boxes = paint_nested(picture, brush, 2, 4)
+    nested, boxes = paint_nested(picture, brush, brush, 2, 4)
     assert len(nested) == len(boxes) == 3
     closed, widest, wider = nested
     for outer, inner, (left, top, right, bottom) in ((widest, wider, boxes[1]), (wider, picture, boxes[2]), (closed, widest, boxes[0])):
@@ -134,6 +134,16 @@ def test_a_name_is_drawn_first():
         drawn.append(name)
         return np.zeros((48, 64, 3), np.uint8)
     assert len(animate("番茄汤", "up", brush, draw=draw, seconds=1, fps=5)) == 5 and drawn == ["番茄汤"]
+
+
+def test_what_lies_around_may_have_a_painter_of_its_own():
+    picture = np.zeros((48, 64, 3), np.uint8)
+    for move, expected in (("right", ["beside"]), ("circle", ["around"]), ("centre", ["around", "beside"])):
+        asked = []
+        def painter_called(name, asked=asked):
+            return lambda p, mask: asked.append(name) or brush(p, mask)
+        animate(picture, move, painter_called("beside"), around=painter_called("around"), seconds=1, fps=4)
+        assert asked == expected
 
 
 def test_what_cannot_be_animated_is_named():
