@@ -45,11 +45,14 @@ def animate(dish: str | np.ndarray, move: str, paint: Callable, *, around: Calla
         raise ValueError(f"a move is one of {', '.join(camera.MOVES)}, not {move!r}")
     if isinstance(dish, str) and draw is None:
         raise ValueError(f"to animate the name {dish!r} a function `draw` is needed, from names to pictures")
-    picture = draw(dish) if isinstance(dish, str) else dish
-    h, w = camera.check(picture)
-    pixels, size, frames = pixels or default_pixels(move, (w, h)), size or (w, h), max(2, round(seconds * fps))
     if repaints < 1:
         raise ValueError(f"the camera goes on once or more often, not {repaints} times")
+    if seconds <= 0 or fps <= 0 or size is not None and min(size) < 1:
+        raise ValueError(f"seconds, fps and the sides of size are more than 0, not {seconds}, {fps} and {size}")
+    picture = draw(dish) if isinstance(dish, str) else dish
+    h, w = camera.check(picture)
+    pixels = default_pixels(move, (w, h)) if pixels is None else pixels
+    size, frames = size or (w, h), max(2, round(seconds * fps))
     if move in camera.DIRECTIONS:
         canvas, start = paint_strip(picture, move, paint, repaints, pixels)
         film = camera.pan_frames(canvas, start, move, repaints * pixels, (w, h), size, frames)
@@ -109,8 +112,11 @@ def mosaic(films: list[list[np.ndarray]], captions: list[str], columns: int = 4,
 
 def write_film(path, frames: list[np.ndarray], fps: int = 20, loop: bool = True) -> None:
     """A film as .gif, .webp or .mp4, by the path's ending; written beside the path and renamed. loop: for ever, or once; an MP4 does not
-    say, its player does. ValueError for another ending, or no frames."""
+    say, its player does. Equal neighbours are stored once in a GIF or WebP, and shown for as long as both. ValueError for another ending,
+    no frames, or an fps that is no rate."""
     ending = Path(path).suffix.lower()
+    if fps <= 0:
+        raise ValueError(f"fps is more than 0, not {fps}")
     if not len(frames) or ending[1:] not in FORMATS:
         raise ValueError(f"a film is of one frame or more, and a {', '.join(FORMATS)}; not {len(frames)} frames in {path}")
     if ending == ".gif":
@@ -126,13 +132,14 @@ def write_film(path, frames: list[np.ndarray], fps: int = 20, loop: bool = True)
 
 
 def write_gif(path, frames: list[np.ndarray], fps: int = 20, loop: bool = True) -> None:
-    """A GIF whose frames share one palette, the 255 colours that suit all of them best; written beside the path and renamed. It plays for
-    ever, or once. A GIF counts in hundredths of a second: 20 or 10 frames a second are exact, others are rounded."""
+    """A GIF whose frames share one palette of 255 colours, found by median cut and k-means in 65,536 pixels of all of them; written beside
+    the path and renamed. It plays for ever, or once. A GIF counts in hundredths of a second: frame rates up to 50 that divide 100 are
+    exact, others are rounded, and above 50 browsers slow down."""
     pixels = np.stack(frames).reshape(-1, 3)
     some = pixels[np.random.default_rng(0).integers(len(pixels), size=65_536)].reshape(256, 256, 3)         # to find the palette from
     palette = Image.fromarray(some).quantize(255, Image.Quantize.MEDIANCUT, kmeans=1)
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
-    duration = 10 * max(2, round(100 / fps))                                # milliseconds; browsers slow down what is below 20
+    duration = 10 * max(2, round(100 / fps))                                # milliseconds
     write_atomically(path, _images("GIF", images, duration=duration, palette=bytes(palette.getpalette()), **({"loop": 0} if loop else {})))
 
 
@@ -164,7 +171,7 @@ def chinese_font(pixels: int) -> ImageFont.FreeTypeFont:
         pass
     for name in [*FONTS] + [str(folder / name) for folder in folders for name in FONTS]:
         try:
-            return ImageFont.truetype(name, pixels)
+            return ImageFont.truetype(name, pixels, index=2 if name.endswith("CJK-Regular.ttc") else 0)     # 2: simplified Chinese
         except OSError:
             continue
     raise OSError("no font with Chinese characters: `pip install mplfonts`, or install the system's Noto Sans CJK")
@@ -172,7 +179,7 @@ def chinese_font(pixels: int) -> ImageFont.FreeTypeFont:
 
 def contact_sheet(rows: list[list[np.ndarray]], captions: list[str], columns: int = 4, side: int = 128) -> Image.Image:
     """Pictures with a name under them. rows[i]: the pictures, uint8 [H, W, 3], that stand side by side over captions[i]."""
-    font, gap = chinese_font(max(12, side // 8)), side // 10
+    font, gap, columns = chinese_font(max(12, side // 8)), side // 10, min(columns, len(rows))
     width, height = side * max(len(row) for row in rows) + gap, side + side // 4
     sheet = Image.new("RGB", (columns * width + gap, -(-len(rows) // columns) * height + gap), "white")
     pen = ImageDraw.Draw(sheet)

@@ -4,8 +4,8 @@ Ten moves, in three kinds of loop:
 
     up, down, left, right, and     the camera goes d pixels that way and comes back: x'[i, j] = x[i + d·dy, j + d·dx]. New is what comes in
     up-left … down-right           at the rim: a strip, or an L
-    circle                         the picture shrinks, x' = x scaled to (H - 2d, W - 2d), so that a frame around it is new; over what is
-                                   painted there the camera goes round, and arrives where it began
+    circle                         the picture shrinks by d pixels on each side (of a square), so that a frame around it is new; over what
+                                   is painted there the camera goes round, and arrives where it began
     centre                         a small copy of the picture, 2d pixels wide, lies in its own middle, and a ring of width d around it is
                                    new, so that the two grow together. The camera falls into the copy, which is the picture: no end
 
@@ -35,8 +35,8 @@ def uncover(picture: np.ndarray, move: str, pixels: int, inside: np.ndarray | No
     """Move the camera by d = `pixels`: (picture uint8 [H, W, 3], mask bool [H, W]), the unpainted part grey.
 
     For circle and centre d counts on the shorter side, and as much more on the longer one as keeps the picture's form. inside: the picture
-    that centre puts into the middle (default: the same one). Raises ValueError for an unknown move, a picture of another form, or a
-    distance that leaves nothing of the picture.
+    that circle or centre scales (default: the same one), of the same size. Raises ValueError for an unknown move, a picture of another
+    form, or a distance that leaves nothing of the picture.
     """
     h, w = check(picture)
     if move in DIRECTIONS:
@@ -46,16 +46,21 @@ def uncover(picture: np.ndarray, move: str, pixels: int, inside: np.ndarray | No
         room = min(h, w) // 2 if move == "circle" else min(h, w) // 4 + 1
     else:
         raise ValueError(f"a move is one of {', '.join(MOVES)}, not {move!r}")
+    if room < 2:
+        raise ValueError(f"a picture of {w}×{h} pixels is too small for {move}")
     if not 1 <= pixels < room:
         raise ValueError(f"{move} over {w}×{h} pixels goes 1 to {room - 1} pixels, not {pixels}")
     if move in DIRECTIONS:
         moved, mask = np.full_like(picture, 127), np.ones((h, w), dtype=bool)
-        to, source = (tuple(slice(max(-d * pixels * sign, 0), side - max(d * pixels * sign, 0)) for d, side in ((dy, h), (dx, w)))
-                      for sign in (1, -1))
+        to = along(dy * pixels, h), along(dx * pixels, w)
+        source = along(-dy * pixels, h), along(-dx * pixels, w)
         moved[to], mask[to] = picture[source], False
         return moved, mask
     left, top, right, bottom = inner_box((w, h), move, pixels)
-    small = Image.fromarray(picture if inside is None else inside).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+    inside = picture if inside is None else inside
+    if check(inside) != (h, w):
+        raise ValueError(f"the picture inside is {w}×{h} pixels, as the one around it, not {inside.shape[1]}×{inside.shape[0]}")
+    small = Image.fromarray(inside).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
     if move == "circle":
         moved, mask = np.full_like(picture, 127), np.ones((h, w), dtype=bool)
     else:
@@ -64,6 +69,11 @@ def uncover(picture: np.ndarray, move: str, pixels: int, inside: np.ndarray | No
         moved[ring], mask[ring] = 127, True
     moved[top:bottom, left:right], mask[top:bottom, left:right] = np.asarray(small), False
     return moved, mask
+
+
+def along(step: int, side: int) -> slice:
+    """Of a side of so many pixels those that are still in view after a step, where they are seen then."""
+    return slice(max(-step, 0), side - max(step, 0))
 
 
 def check(picture: np.ndarray) -> tuple[int, int]:
@@ -81,9 +91,10 @@ def inner_box(size: tuple[int, int], move: str, pixels: int) -> tuple[int, int, 
 
 
 def windows(move: str, pixels: int, steps: int) -> list[tuple[int, int]]:
-    """Where views lie, (x, y) of their corner from the first view's, that are painted one after the other for a move of `steps` steps.
+    """For one of the eight directions, where the views lie that are painted one after the other on a way of `steps` steps: (x, y) of their
+    corners from the first view's.
 
-    A slanting move needs three a step: beside, below and both, else the view would meet a notch between two steps.
+    A slanting way needs three a step: beside, below and both, else the camera would meet a notch between two steps.
     """
     dx, dy = DIRECTIONS[move]
     places = []
@@ -164,5 +175,6 @@ def zoom_frames(pictures: list[np.ndarray], boxes: list[tuple], size: tuple[int,
 
 
 def there_and_back(frames: int) -> np.ndarray:
-    """`frames` places from 0 to 1 and back, slow at both ends, the last one just before the first: a loop."""
+    """`frames` places from 0 to 1 and back, slow at both ends, the last one just before the first: a loop. With an odd number of frames it
+    turns between two of them, just before 1."""
     return (1 - np.cos(2 * np.pi * np.arange(frames) / frames)) / 2

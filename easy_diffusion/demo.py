@@ -32,13 +32,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from datasets.aipos import photograph
 from datasets.dishes import attributes, dish_names, draw
 
-from .animate import FORMATS, animate, contact_sheet, mosaic, write_atomically, write_film, write_png
+from .animate import FORMATS, animate, chinese_font, contact_sheet, mosaic, write_atomically, write_film, write_png
 from .camera import MOVES
 from .recipe import BATCH, DISHES, SIZE, build, fit, painter_of, prepare, prepare_latents, sample
 from .schedule import NoiseSchedule
@@ -67,11 +67,15 @@ def draw_curve(losses: list[float]) -> bytes:
 
 
 def read_mask(path, of, size: int) -> np.ndarray:
-    """A mask from a picture, white = repaint, for the photograph `of` it, cut and scaled as that is: bool [size, size]."""
+    """A mask from a picture, white = repaint, for the photograph `of` it, cut and scaled as that is: bool [size, size]. What of the mask
+    can be looked through is black. ValueError where the two are not equally large."""
     with Image.open(path) as mask, Image.open(of) as picture:
+        mask, picture = (ImageOps.exif_transpose(image) for image in (mask, picture))                       # upright
         if mask.size != picture.size:
             raise ValueError(f"the mask {path} is {mask.size[0]}×{mask.size[1]}, the picture {of} {picture.size[0]}×{picture.size[1]}")
-    return photograph(path, size)[..., 0] > 127
+        if "A" in mask.getbands() or "transparency" in mask.info:
+            mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
+        return np.asarray(ImageOps.fit(mask.convert("L"), (size, size), Image.Resampling.BILINEAR)) > 127
 
 
 def options_of(arguments) -> argparse.Namespace:
@@ -79,8 +83,8 @@ def options_of(arguments) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m easy_diffusion.demo", description=main.__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     minutes = 2.5 if torch.cuda.is_available() else 10.0
-    parser.add_argument("names", nargs="*", default=["番茄炒鸡蛋"], metavar="name",
-                        help="the Chinese name of a dish, such as 土豆牛肉汤 or 砂锅茄子豆腐; several names also make a mosaic")
+    parser.add_argument("names", nargs="*", metavar="name", default=argparse.SUPPRESS, help="the Chinese name of "
+                        "a dish, such as 土豆牛肉汤 or 砂锅茄子豆腐 (default: 番茄炒鸡蛋); several names also make a mosaic")
     parser.add_argument("--move", choices=(*MOVES, "all"), default="circle", help="the camera's move, or all ten, and a sheet of them")
     parser.add_argument("--reverse", action="store_true", help="the film backwards: centre then goes out of the picture, not into it")
     parser.add_argument("--out", type=Path, default=Path("out"),
@@ -95,6 +99,7 @@ def options_of(arguments) -> argparse.Namespace:
     parser.add_argument("--painter", choices=("own", "sd"), default="own", help="who paints what is new: the network, or Stable Diffusion")
     parser.add_argument("--sd", type=Path, metavar="PATH", help="for --painter sd: the folder, or .safetensors file, of sd-v1-5-inpainting")
     parser.add_argument("--sd-config", type=Path, metavar="FOLDER", help="for a file: a folder with the model's JSON files and tokenizer")
+    parser.add_argument("--sd-size", type=int, default=512, help="side of the pictures that it works on, a multiple of 64")
     parser.add_argument("--prompt", default="delicious chinese food on a table, seen from above", help="what Stable Diffusion is told")
     parser.add_argument("--steps", type=int, default=25, help="of DDIM for a sample, and noise levels of a repaint")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1 is none")
@@ -104,7 +109,7 @@ def options_of(arguments) -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, default="gif", help="of the film")
     parser.add_argument("--show", type=int, default=256, help="side of the film in pixels; small pictures are enlarged")
     parser.add_argument("--seed", type=int, default=0, help="of the noise that becomes the dish: another seed, another picture")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments, argparse.Namespace(names=[]))
     options.size = getattr(options, "size", 2 * SIZE if options.latent else SIZE)
     if options.size % 8 or not 32 <= options.size <= 512:
         parser.error(f"--size is a multiple of 8 from 32 to 512, not {options.size}")
@@ -116,21 +121,36 @@ def options_of(arguments) -> argparse.Namespace:
     for name in options.names:
         if not 1 <= len(name) <= 31 or "/" in name:
             parser.error(f"a dish's name has 1 to 31 characters and no slash, not {name!r}")
-    if options.painter == "sd" and options.sd is None:
-        parser.error("--painter sd needs --sd PATH: the folder, or .safetensors file, of sd-v1-5-inpainting")
+    if options.guidance < 1:
+        parser.error(f"--guidance is 1 or more, not {options.guidance}")
+    if (options.painter == "sd") != (options.sd is not None) or (options.sd_config and not options.sd):
+        parser.error("--painter sd and --sd PATH, the folder or .safetensors file of sd-v1-5-inpainting, go together")
+    if options.sd and not options.sd.exists():
+        parser.error(f"no Stable Diffusion at {options.sd}")
+    if options.sd_size < 64 or options.sd_size % 64:
+        parser.error(f"--sd-size is a multiple of 64, not {options.sd_size}")
     if options.mask and not options.image:
         parser.error(f"--mask {options.mask} is for a photograph: --image")
-    for path in (options.image, options.mask):
-        if path and not path.is_file():
-            parser.error(f"no picture at {path}")
     if options.image:
-        options.names = [options.image.stem]
+        if options.names:
+            parser.error(f"either --image {options.image} or names of dishes, not both: {'、'.join(options.names)}")
+        try:
+            photograph(options.image, options.size)
+            if options.mask:
+                read_mask(options.mask, options.image, options.size)
+        except (OSError, ValueError) as wrong:
+            parser.error(str(wrong))
+    options.names = options.names or [options.image.stem if options.image else "番茄炒鸡蛋"]
     return options
 
 
 def main(arguments=None) -> int:
     """Draw, train, sample, animate; see the module's docstring."""
     options, start = options_of(arguments), time.perf_counter()
+    chinese_font(12)                                                        # without one it would fail at the end
+    if options.painter == "sd":
+        from .sd_painter import load_pipeline, stable_diffusion_painter
+        pipeline = load_pipeline(options.sd, options.sd_config)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     moves, written = MOVES if options.move == "all" else [options.move], []
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
@@ -146,28 +166,32 @@ def main(arguments=None) -> int:
         written += pictures
 
     if options.image:
-        dishes = [photograph(options.image, options.size if options.painter == "own" else 512)]
+        dishes = [photograph(options.image, options.size if options.painter == "own" else options.sd_size)]
     else:
         network, encoder, diffusion, autoencoder = model
         dishes = sample(network, encoder, diffusion, options.names, options.size, options.steps, options.guidance, options.seed, bar=True,
                         autoencoder=autoencoder)
     films = {}
     for name, dish in zip(options.names, dishes):
-        def watch(walk, name=name):
-            return tqdm(walk, desc=f"repainting around {name}", unit="step", leave=False)
-        if options.painter == "sd":
-            from .sd_painter import stable_diffusion_painter
-            paint = around = stable_diffusion_painter(options.sd, options.prompt, size=512, config=options.sd_config, watch=watch,
-                                                      generator=torch.Generator().manual_seed(options.seed))
-        else:   # beside a dish lies another helping of it; around it there is a table, of which its name says nothing
-            around = painter_of(*model, "", options.steps, 1.0, options.seed, watch)
-            paint = around if options.image else painter_of(*model, name, options.steps, options.guidance, options.seed, watch)
+        def painters(move, name=name):
+            """Of what lies beside the dish, and around it; of one seed the same for this move, whatever else is filmed."""
+            seed = random.Random(f"{options.seed} {move}").getrandbits(32)
+            def watch(walk):
+                return tqdm(walk, desc=f"{name}, {move}: repainting", unit="step", leave=False)
+            if options.painter == "sd":
+                return [stable_diffusion_painter(pipeline, options.prompt, size=options.sd_size, steps=options.steps, watch=watch,
+                                                 generator=torch.Generator().manual_seed(seed))] * 2
+            # Beside a dish lies another helping of it; around it there is a table, of which its name says nothing.
+            around = painter_of(*model, "", options.steps, 1.0, seed, watch)
+            return around if options.image else painter_of(*model, name, options.steps, options.guidance, seed, watch), around
+
         if options.mask:
-            dish = paint(dish, read_mask(options.mask, options.image, len(dish)))
-        write_png(options.out / f"{name}.png", contact_sheet([[dish]], [name], columns=1, side=options.show))
+            dish = painters("mask")[0](dish, read_mask(options.mask, options.image, len(dish)))
         written.append(options.out / f"{name}.png")
+        write_png(written[-1], contact_sheet([[dish]], [name], columns=1, side=options.show))
         for move in tqdm(moves, desc=f"films of {name}", unit="film", disable=len(moves) == 1):
-            films[name, move] = animate(dish, move, paint, around=around, repaints=options.repaints, seconds=options.seconds,
+            beside, around = painters(move)
+            films[name, move] = animate(dish, move, beside, around=around, repaints=options.repaints, seconds=options.seconds,
                                         fps=options.fps, size=(options.show, options.show), reverse=options.reverse)
             written.append(options.out / f"{name}_{move}.{options.format}")
             write_film(written[-1], films[name, move], options.fps)

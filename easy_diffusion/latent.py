@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from . import checkpoint as files
 from .autoencoder import Autoencoder
-from .inpaint import blended, check_mask, filled, repaint
+from .inpaint import blended, check_mask, filled, repaint, to_levels, widened
 from .samplers import to_pictures
 
 
@@ -106,9 +106,9 @@ def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def latent_painter(denoise, schedule, autoencoder: Autoencoder, steps: int = 25, jump: int = 5, resamples: int = 4, generator=None,
-                   watch: Callable = iter) -> Callable:
+                   multiple: int = 1, watch: Callable = iter) -> Callable:
     """A function (picture uint8 [H, W, 3], mask bool [H, W]) → picture that repaints the mask in the autoencoder's space; the rest stays to
-    the byte. denoise: of latents; the other arguments as for inpaint.painter. What was decoded is `blended` into the picture.
+    the byte. denoise: of latents; the other arguments as for inpaint.painter, multiple: of the latents' sides.
 
     Before it is encoded, what is to be repainted is filled from its known neighbours; else its colour would leak into latents beside it.
     """
@@ -118,10 +118,11 @@ def latent_painter(denoise, schedule, autoencoder: Autoencoder, steps: int = 25,
     def paint(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
         if not check_mask(picture, mask).any():
             return picture.copy()
-        known = torch.from_numpy(filled(picture, mask)).permute(2, 0, 1)[None]                              # [1, 3, H, W]
-        where = latent_mask(torch.from_numpy(mask)[None, None], autoencoder.factor).to(device)              # [1, 1, h, w]
+        wider, hidden = widened(picture, mask, autoencoder.factor * multiple)
+        known = torch.from_numpy(filled(wider, hidden)).permute(2, 0, 1)[None]                              # [1, 3, H, W]
+        where = latent_mask(torch.from_numpy(hidden)[None, None], autoencoder.factor).to(device)            # [1, 1, h, w]
         *_, last = watch(repaint(denoise, schedule, encode(known)[0], where, steps, jump, resamples, generator))
-        painted = autoencoder.eval().decode(last.x / autoencoder.scale + autoencoder.shift).float()        # [1, 3, H, W], not rounded yet
-        return blended((painted.clamp(-1, 1) + 1)[0].permute(1, 2, 0).cpu().numpy() * 127.5, picture, mask)
+        painted = autoencoder.eval().decode(last.x / autoencoder.scale + autoencoder.shift)                 # [1, 3, H, W]
+        return blended(to_levels(painted)[:len(mask), :mask.shape[1]], picture, mask)
 
     return paint

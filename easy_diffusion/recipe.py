@@ -2,7 +2,7 @@
 
 Everything is kept in a folder and made, or finished, if it is not there yet: a store of dishes, the checkpoint of a training, and, to learn
 in latent space, an autoencoder and the dishes that it has encoded. So whoever asks again, or after a crash, goes on from there. demo.py is
-the command that cooks by it; benchmarks and notebooks do, too. This file stands just below the roof: beside demo.py nothing imports it.
+the command that cooks by it; benchmarks and notebooks do, too. This file stands just below the roof: no other module imports it.
 
 >>> network, encoder, diffusion = build("番茄炒鸡蛋")
 >>> sample(network, encoder, diffusion, ["番茄炒鸡蛋"], steps=2, size=32).shape
@@ -181,11 +181,13 @@ def sample(network, encoder, diffusion, names: list[str], size: int = SIZE, step
     return to_pictures(last.x) if autoencoder is None else decoded(autoencoder, last.x)
 
 
-def painter_of(network, encoder, diffusion, autoencoder, name: str, steps: int = 25, guidance: float = 2.0, seed: int = 0,
+def painter_of(network, encoder, diffusion, autoencoder, name: str, steps: int = 25, guidance: float = 2.0, seed: int = 1,
                watch: Callable = iter) -> Callable:
-    """The demo's painter of what this name says, "" for what there is beside a dish: RePaint, in pixels or latents."""
+    """The demo's painter, RePaint in pixels or latents: of more of the dish of this name, or, for "", of what there is around one.
+
+    seed: of its noise, from one painted part to the next; another one than the dish's own, which would be the same noise again."""
     denoise = guided_denoiser(network, encoder, diffusion, [name], guidance, clip=autoencoder is None)
-    how = dict(steps=steps, generator=torch.Generator().manual_seed(seed), watch=watch, **REPAINT)
+    how = dict(steps=steps, generator=torch.Generator().manual_seed(seed), multiple=network.multiple, watch=watch, **REPAINT)
     if autoencoder is None:
         return painter(denoise, diffusion.schedule, device=next(network.parameters()).device, **how)
     return latent_painter(denoise, diffusion.schedule, autoencoder, **how)

@@ -107,7 +107,21 @@ def photograph(tmp_path_factory):
     mask[:, 45:] = 255
     Image.fromarray(mask).save(folder / "mask.png")
     Image.fromarray(mask[1:]).save(folder / "small.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6                                                      # the camera was held upright: 70×90 when looked at
+    Image.fromarray(small).resize((90, 70), Image.Resampling.BICUBIC).save(folder / "upright.jpg", exif=turned)
+    strokes = Image.new("RGBA", (70, 90))                                   # white on nothing, as drawing programs save it
+    strokes.paste((255, 255, 255, 255), (0, 60, 70, 90))
+    strokes.save(folder / "strokes.png")
     return folder
+
+
+def test_a_mask_lies_where_one_drew_it(photograph):
+    """The middle 70×70 of 70×90 pixels is what the photograph becomes: its last 20 rows are white, of 32 the last 9."""
+    mask = read_mask(photograph / "strokes.png", photograph / "upright.jpg", 32)
+    assert mask[23:].all() and not mask[:22].any()
+    with pytest.raises(ValueError, match="70×90, the picture .* 90×70"):
+        read_mask(photograph / "strokes.png", photograph / "晚饭.jpg", 32)
 
 
 def test_all_moves_over_a_photograph_whose_half_is_repainted_as_films_and_as_a_sheet(finished, photograph):
@@ -144,8 +158,10 @@ def test_help_is_complete_and_wrong_options_are_named(capsys, photograph):
         assert option in text
     assert all(move in text for move in MOVES)
     picture = str(photograph / "晚饭.jpg")
+    both = call("--image", picture, "番茄汤").err
+    assert picture in both and "番茄汤" in both
     for wrong in (("--size", "60"), ("--move", "sideways"), ("--minutes", "0"), ("--fps", "0"), ("--repaints", "0"),
-                  ("--steps", "1001"), ("a/b",), ("--image", "nowhere.jpg"), ("--mask", picture), ("--painter", "sd"), ("--format", "avi")):
-        assert wrong[-1] in call(*wrong).err
-    with pytest.raises(ValueError, match="90×69, the picture .* 90×70"):
-        read_mask(photograph / "small.png", picture, 32)
+                  ("--steps", "1001"), ("a/b",), ("--image", "nowhere.jpg"), ("--mask", picture), ("--painter", "sd"), ("--format", "avi"),
+                  ("--guidance", "0.5"), ("--painter", "sd", "--sd", "nowhere"), ("--sd-config", "nowhere")):
+        assert wrong[-1] in call(*wrong).err or wrong[-2] in ("--painter", "--sd-config")
+    assert "90×69, the picture" in call("--image", picture, "--mask", str(photograph / "small.png")).err
