@@ -1,10 +1,10 @@
 """Diffusion in pixels, on kept latents, and on latents encoded by the loader, at 128×128: python -m benchmarks.latent [--quick]
 
-First a reader of 128×128 is trained. Then autoencoders of several f and latent channels, each for the same short time, and the demo's one
-for longer: what they give back of held-out dishes is measured (PSNR, SSIM, sharpness, and how many the reader reads fully right). Then the
-demo's network learns for the same minutes in three ways, with the same channels and the same sampler: from pixels, of which it sees 4×4 as
-one place, from latents on disk (scheme one), and from latents that the loader encodes (scheme two), of which it sees 2×2 as one place; the
-reader reads what each draws for held-out names after half and after all of the time.
+First a reader of 128×128 is trained, then the demo's autoencoder: what it gives back of held-out dishes is measured (PSNR, SSIM, sharpness,
+and how many the reader reads fully right; benchmarks/autoencoder.py compares some of other f and channels). Then the demo's network learns
+for the same minutes in three ways, with the same channels and the same sampler: from pixels, of which it sees 4×4 as one place, and, seeing
+2×2 as one, from latents on disk (scheme one) and from latents that the loader encodes (scheme two); the reader reads what each draws for
+held-out names after half and after all of the time.
 """
 
 import argparse
@@ -16,18 +16,22 @@ from tqdm.auto import tqdm
 
 from datasets.dishes import attributes, dish_names
 from easy_diffusion import recipe
-from easy_diffusion.autoencoder import Autoencoder
 from easy_diffusion.batches import batches
 from easy_diffusion.latent import EncodedBatch
 from easy_diffusion.metrics import psnr, share, sharpness, ssim
 from easy_diffusion.train import train
-from easy_diffusion.train_autoencoder import train_autoencoder
 
 from .fidelity import LEAST_READER_ACCURACY, drawings, trained_reader
 from .report import finish
 
-SHAPES = [dict(patch=4, latent_channels=4), dict(patch=4, latent_channels=8), dict(patch=4, latent_channels=16),
-          dict(patch=2, latent_channels=4)]
+
+def judge_of(reader):
+    """(pictures uint8 [B, 3, H, W], names) → the share that the reader reads fully right."""
+    def judge(pictures, names):
+        return share([right for i in range(0, len(names), 50)
+                      for right in reader.fully_right(pictures[i:i + 50], [attributes(name) for name in names[i:i + 50]])])
+
+    return judge
 
 
 def quality(autoencoder, judge, pictures, names) -> dict:
@@ -57,27 +61,15 @@ def main():
     reader = trained_reader(size, 40, options.out, 1000) if options.quick else trained_reader(size, 1300, options.out, 20_000)
     real, real_names = drawings(50 if options.quick else 500, size, "held_out", 102)
 
-    def judge(some, names):
-        return share([right for i in range(0, len(names), 50)
-                      for right in reader.fully_right(some[i:i + 50], [attributes(name) for name in names[i:i + 50]])])
-
+    judge = judge_of(reader)
     accuracy = judge(real, real_names)
     print(f"the reader reads {accuracy:.1%} of {len(real)} held-out drawings fully right", flush=True)
     if accuracy < LEAST_READER_ACCURACY and not options.quick:
         raise SystemExit(f"below {LEAST_READER_ACCURACY:.0%} it measures nothing")
 
-    table = []
-    for shape in SHAPES:
-        torch.manual_seed(0)
-        for step in tqdm(train_autoencoder(Autoencoder(**recipe.AUTOENCODER | shape), batches(pictures, recipe.AUTOENCODER_BATCH),
-                                           minutes=0.3 * minutes, steps=10 ** 7, **recipe.AUTOENCODER_TRAINING), desc=str(shape)):
-            pass
-        table.append({"minutes": round(step.seconds / 60, 1), "steps": step.index + 1} | quality(step.autoencoder, judge, real, real_names))
-        tqdm.write(str(table[-1]))
     latents, autoencoder = recipe.prepare_latents(pictures, options.out, size, minutes, judge)
-    best = quality(autoencoder, judge, real, real_names)
-    table.append({"minutes": minutes, "steps": "the demo's"} | best)
-    print(table[-1], flush=True)
+    back = {"minutes": minutes} | quality(autoencoder, judge, real, real_names)
+    print(back, flush=True)
 
     names = random.Random(0).sample(dish_names("held_out"), count)
     device = next(autoencoder.parameters()).device
@@ -101,9 +93,9 @@ def main():
                 tqdm.write(str(rows[-1]))
     disk = [{"store": name, "MB per 1,000": (options.out / f"{name}_{size}" / "data.mdb").stat().st_size / len(pictures) / 1e3}
             for name in ("dishes", "latents")]
-    finish("latent", {"train_speedup": speed["latents, kept"] / speed["pixels"], "psnr_db": best["PSNR"],
-                      "reader_accuracy": best["read fully right"], "compression": best["fewer numbers"],
-                      "reader_accuracy_of_real": accuracy}, rows, options.quick, autoencoder=table, disk=disk)
+    finish("latent", {"train_speedup": speed["latents, kept"] / speed["pixels"], "psnr_db": back["PSNR"],
+                      "reader_accuracy": back["read fully right"], "compression": back["fewer numbers"],
+                      "reader_accuracy_of_real": accuracy}, rows, options.quick, autoencoder=[back], disk=disk)
 
 
 if __name__ == "__main__":
