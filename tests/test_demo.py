@@ -89,7 +89,7 @@ def test_the_same_in_the_space_of_an_autoencoder(tmp_path):
     run.wait()
     run = start(out, *arguments)
     log = run.communicate(timeout=200)[0]
-    assert run.returncode == 0 and "latents [4, 4, 4]" in log, log
+    assert run.returncode == 0 and "latents [16, 4, 4]" in log, log
     assert {path.name for path in out.iterdir()} == {
         "dishes_32", "latents_32", "autoencoder_32.safetensors", "autoencoder_32.training.safetensors", "autoencoder_32.png",
         "model_32_latent.safetensors", "held_out_32_latent.png", "loss_32_latent.png", "番茄炒鸡蛋.png", "番茄炒鸡蛋_circle.gif"}
