@@ -3,7 +3,7 @@
 # make notebooks   executes the notebooks and keeps their pictures
 # make bench       prints the benchmarks and writes benchmarks/README.md
 NAME ?= 番茄炒鸡蛋
-MOVE ?= zoom-out
+MOVE ?= circle
 PYTHON ?= python3
 BIN := .venv/bin
 

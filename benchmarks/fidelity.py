@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from datasets.dish_shapes import INGREDIENTS
 from datasets.dishes import WAYS, Dishes, attributes, dish_names
-from easy_diffusion import checkpoint, demo
+from easy_diffusion import checkpoint, recipe
 from easy_diffusion.metrics import Reader, share, train_reader
 from easy_diffusion.train import fast_precision
 
@@ -54,7 +54,7 @@ def fidelity(reader, network, encoder, diffusion, names, size):
     """The share of names whose sample is read fully right."""
     pictures = []
     for start in range(0, len(names), 100):
-        some = demo.sample(network, encoder, diffusion, names[start:start + 100], size, seed=start)
+        some = recipe.sample(network, encoder, diffusion, names[start:start + 100], size, seed=start)
         pictures.append(torch.from_numpy(some).permute(0, 3, 1, 2))
     return share(reader.fully_right(torch.cat(pictures), [attributes(name) for name in names]))
 
@@ -64,12 +64,12 @@ def main():
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few seconds of everything; the figures are not kept")
     parser.add_argument("--minutes", type=float, default=2.5 if torch.cuda.is_available() else 10.0, help="of training")
-    parser.add_argument("--size", type=int, default=demo.SIZE, help="side of the pictures")
+    parser.add_argument("--size", type=int, default=recipe.SIZE, help="side of the pictures")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the drawn dishes and the reader are kept")
     parser.add_argument("--checkpoint", type=Path, help="measure this training, one of the demo's, instead of a new one")
     options = parser.parse_args()
     size, minutes, count = options.size, (0.2 if options.quick else options.minutes), (20 if options.quick else 300)
-    store = demo.prepare(options.out / f"dishes_{size}", 2000 if options.quick else demo.DISHES, size)
+    store = recipe.prepare(options.out / f"dishes_{size}", 2000 if options.quick else recipe.DISHES, size)
     reader = trained_reader(size, 40, options.out, 1000) if options.quick else trained_reader(size, 2600, options.out)
     pictures, names = drawings(200 if options.quick else 2000, size, "held_out", 102)
     accuracy = share(reader.fully_right(pictures, [attributes(name) for name in names]))
@@ -79,11 +79,11 @@ def main():
 
     names = {split: random.Random(0).sample(dish_names(split), count) for split in ("held_out", "train")}
     torch.manual_seed(0)
-    network, encoder, diffusion = demo.build("".join(dish_names("train")))
+    network, encoder, diffusion = recipe.build("".join(dish_names("train")))
     rows = []
 
     def measure(network, encoder, seconds, steps, loss):
-        rows.append({"minutes": round(seconds / 60, 2), "pictures": steps * demo.BATCH, "loss": loss} | {
+        rows.append({"minutes": round(seconds / 60, 2), "pictures": steps * recipe.BATCH, "loss": loss} | {
             f"{split}_fidelity": fidelity(reader, network, encoder, diffusion, names[split], size) for split in names})
         tqdm.write(str(rows[-1]))
 
@@ -93,7 +93,7 @@ def main():
         measure(network, encoder, saved["seconds"], saved["index"], fmean(saved["losses"][-100:]))
     else:
         moments = [0.5, 1.0]
-        bar = tqdm(demo.training(network, encoder, diffusion, store, None, minutes), desc="training", unit="step")
+        bar = tqdm(recipe.training(network, encoder, diffusion, store, None, minutes), desc="training", unit="step")
         for step in bar:
             bar.set_postfix_str(f"loss {step.smooth_loss:.4f}, {step.pictures_per_second:.0f} pictures/s, {step.progress:.0%}",
                                 refresh=False)

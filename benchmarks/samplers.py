@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from datasets.dishes import attributes, dish_names
 from datasets.dishes import draw as drawn
-from easy_diffusion import demo
+from easy_diffusion import recipe
 from easy_diffusion.metrics import frechet_distance, kernel_distance, reader_features, share
 from easy_diffusion.samplers import ddim, ddpm, dpm_solver, heun, to_pictures
 
@@ -38,7 +38,7 @@ def draw(model, names, sampler, steps, size, bar):
     parts, start = [], time.perf_counter()
     for first in range(0, len(names), 100):
         some = names[first:first + 100]
-        denoise = demo.guided_denoiser(network, encoder, diffusion, some, guidance=2.0)
+        denoise = recipe.guided_denoiser(network, encoder, diffusion, some, guidance=2.0)
         walk = SAMPLERS[sampler](denoise, diffusion.schedule, (len(some), 3, size, size), steps=steps,
                                  generator=torch.Generator().manual_seed(first), device=next(network.parameters()).device)
         for step in walk:
@@ -95,15 +95,15 @@ def main():
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few pictures and steps; the figures are not kept")
     parser.add_argument("--pictures", type=int, default=200, help="drawn by each sampler")
-    parser.add_argument("--size", type=int, default=demo.SIZE, help="side of the pictures")
+    parser.add_argument("--size", type=int, default=recipe.SIZE, help="side of the pictures")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the demo's training and the reader are kept")
     options = parser.parse_args()
     size, count = options.size, (20 if options.quick else options.pictures)
-    model = demo.build("".join(dish_names("train")))
+    model = recipe.build("".join(dish_names("train")))
     trained = options.out / f"model_{size}.safetensors"
     if trained.exists() or not options.quick:
-        store = demo.prepare(options.out / f"dishes_{size}", demo.DISHES, size)
-        demo.fit(*model, store, trained, 2.5 if torch.cuda.is_available() else 10.0)
+        store = recipe.prepare(options.out / f"dishes_{size}", recipe.DISHES, size)
+        recipe.fit(*model, store, trained, 2.5 if torch.cuda.is_available() else 10.0)
     else:
         print("no training found: a quick run draws with a new network")
         torch.nn.ModuleList(model[:2]).eval()

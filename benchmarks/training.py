@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from datasets.dishes import attributes, dish_names
-from easy_diffusion import demo
+from easy_diffusion import recipe
 from easy_diffusion.batches import batches, endless
 from easy_diffusion.diffusion import GaussianDiffusion
 from easy_diffusion.guard import largest_batch
@@ -46,13 +46,13 @@ GOAL = 0.8
 
 def parts():
     torch.manual_seed(0)
-    return demo.build("".join(dish_names("train")))
+    return recipe.build("".join(dish_names("train")))
 
 
 def ours(store, minutes=1e6):
     """Yields (network, encoder, diffusion, seconds) after each step, the averages."""
     network, encoder, diffusion = parts()
-    for step in demo.training(network, encoder, diffusion, store, None, minutes):
+    for step in recipe.training(network, encoder, diffusion, store, None, minutes):
         yield step.network, step.encoder, diffusion, step.seconds
 
 
@@ -65,8 +65,8 @@ def diffusers_way(store, minutes=1e6, learning_rate=1e-4):
     weights = [*network.parameters(), *encoder.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     rates = get_scheduler("constant_with_warmup", optimizer=optimizer, num_warmup_steps=100)
-    network, encoder, optimizer, loader, rates = accelerator.prepare(network, encoder, optimizer, batches(store, demo.BATCH), rates)
-    averages = [EMAModel(module.parameters(), decay=demo.TRAINING["ema"]) for module in (network, encoder)]
+    network, encoder, optimizer, loader, rates = accelerator.prepare(network, encoder, optimizer, batches(store, recipe.BATCH), rates)
+    averages = [EMAModel(module.parameters(), decay=recipe.TRAINING["ema"]) for module in (network, encoder)]
     for average in averages:
         average.to(accelerator.device)
     start, paused = time.perf_counter(), 0.0
@@ -111,14 +111,14 @@ def bare(store, optimize=True):
     """No average, no clipping, no check, no log: a batch, noise, forward, backward and, if wanted, the optimizers."""
     network, encoder, diffusion = parts()
     network, encoder = network.to(DEVICE).train(), encoder.to(DEVICE).train()
-    optimizers = optimizers_of([*network.parameters(), *encoder.parameters()], demo.TRAINING["learning_rate"],
-                               demo.TRAINING["muon_learning_rate"])
-    generator, batch = torch.Generator(DEVICE).manual_seed(0), next(iter(batches(store, demo.BATCH)))
-    for pictures, captions in endless(batches(store, demo.BATCH)) if optimize else itertools.repeat(batch):
+    optimizers = optimizers_of([*network.parameters(), *encoder.parameters()], recipe.TRAINING["learning_rate"],
+                               recipe.TRAINING["muon_learning_rate"])
+    generator, batch = torch.Generator(DEVICE).manual_seed(0), next(iter(batches(store, recipe.BATCH)))
+    for pictures, captions in endless(batches(store, recipe.BATCH)) if optimize else itertools.repeat(batch):
         x0 = pictures.to(DEVICE).float() / 127.5 - 1
         with torch.autocast(DEVICE, torch.bfloat16, enabled=fast_precision() == "bf16"):
             states, mask = encoder(list(captions))
-            t = demo.logit_normal_timesteps(len(x0), len(diffusion), generator)
+            t = recipe.logit_normal_timesteps(len(x0), len(diffusion), generator)
             loss = diffusion.loss(network, x0, t, states, mask, generator).mean()
         loss.backward()
         for optimizer, _ in optimizers:
@@ -143,7 +143,7 @@ def speeds(store, rounds, steps) -> list[dict]:
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
             times[name] += [(time.perf_counter() - start) / steps] if turn else []
-    return [{"loop": name, "ms a step": 1000 * statistics.median(values), "pictures/s": demo.BATCH / statistics.median(values)}
+    return [{"loop": name, "ms a step": 1000 * statistics.median(values), "pictures/s": recipe.BATCH / statistics.median(values)}
             for name, values in times.items()]
 
 
@@ -166,14 +166,14 @@ def time_to_goal(name, loop, reader, names, size, every, bar) -> dict:
 def precisions(store, quick) -> list[dict]:
     """On a GPU: fp32, bf16 and compiled bf16, beside the share of the bf16 matrix rate."""
     network, encoder, diffusion = parts()
-    pictures, captions = next(iter(batches(store, demo.BATCH)))
+    pictures, captions = next(iter(batches(store, recipe.BATCH)))
     with FlopCounterMode(display=False) as counter:
         diffusion.loss(network, pictures.float() / 127.5 - 1, torch.zeros(len(pictures), dtype=torch.int64), *encoder(list(captions)),
                        torch.Generator()).mean().backward()
     rows = []
     for precision, compiled in (("no", False), ("bf16", False), ("bf16", True)):
         network, encoder, diffusion = parts()
-        walk = train(network, diffusion, batches(store, demo.BATCH), encoder, steps=120, compile=compiled, **demo.TRAINING,
+        walk = train(network, diffusion, batches(store, recipe.BATCH), encoder, steps=120, compile=compiled, **recipe.TRAINING,
                      accelerator=fresh_accelerator(precision))
         for step in itertools.islice(walk, 20):
             pass
@@ -181,7 +181,7 @@ def precisions(store, quick) -> list[dict]:
         for step in walk:
             pass
         each = (time.perf_counter() - start) / 100
-        rows.append({"precision": precision, "compiled": compiled, "ms a step": 1000 * each, "pictures/s": demo.BATCH / each,
+        rows.append({"precision": precision, "compiled": compiled, "ms a step": 1000 * each, "pictures/s": recipe.BATCH / each,
                      "share of the bf16 matrix rate": counter.get_total_flops() / each / matrix_rate()})
     return rows
 
@@ -222,8 +222,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=5.0 if DEVICE == "cuda" else 15.0, help="of each training, at most")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the drawn dishes and the reader are kept")
     options = parser.parse_args()
-    size, minutes, count = (32, 0.1, 10) if options.quick else (demo.SIZE, options.minutes, 200)
-    store = demo.prepare(options.out / f"dishes_{size}", 200 if options.quick else demo.DISHES, size)
+    size, minutes, count = (32, 0.1, 10) if options.quick else (recipe.SIZE, options.minutes, 200)
+    store = recipe.prepare(options.out / f"dishes_{size}", 200 if options.quick else recipe.DISHES, size)
     rows = speeds(store, *((2, 2) if options.quick else (20, 10)))
     ms = {row["loop"]: row["ms a step"] for row in rows}
     claims = {"overhead": ms["ours"] / ms["bare, with optimizers"] - 1, "speedup": ms["diffusers' way"] / ms["ours"]}

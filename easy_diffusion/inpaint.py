@@ -6,8 +6,12 @@ At every step down from t to s, what is known is put back at the right level of 
 
 Alone, this gives parts that do not fit each other, because the model cannot answer to what was pasted in. So the walk goes
 back up, x_u = sqrt(a_u / a_s) x_s + sqrt(1 - a_u / a_s) ε with a = alpha_bar, and down again, several times, and the two
-parts grow together (Lugmayr et al., "RePaint", 2022, algorithm 1 and appendix B). The file needs torch, numpy and,
-beside it, samplers.py; its example also schedule.py.
+parts grow together (Lugmayr et al., "RePaint", 2022, algorithm 1 and appendix B).
+
+A painter is a function (picture uint8 [H, W, 3], mask bool [H, W], True = repaint) → picture, whose pixels outside the mask are the
+picture's own, to the byte. `painter` makes one of a model of pixels, latent.py one of a model of latents, sd_painter.py one of Stable
+Diffusion; all of them let `blended` set what they paint into the picture. The file needs torch, numpy and, beside it, samplers.py; its
+example also schedule.py.
 
 >>> from .schedule import NoiseSchedule
 >>> grey = lambda x_t, t: Prediction(torch.zeros_like(x_t), x_t)
@@ -23,8 +27,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from .samplers import Prediction, Step, ddpm_step, normal_noise, spaced_timesteps, to_pictures  # noqa: F401 (the example's)
+from .samplers import Prediction, Step, ddpm_step, normal_noise, spaced_timesteps  # noqa: F401 (the example's)
 
 
 def repaint_levels(steps: int, jump: int, resamples: int) -> list[int]:
@@ -52,7 +57,8 @@ def repaint_levels(steps: int, jump: int, resamples: int) -> list[int]:
 @torch.no_grad()
 def repaint(denoise, schedule, picture: torch.Tensor, mask: torch.Tensor, steps: int = 50, jump: int = 5, resamples: int = 4,
             generator=None) -> Iterator[Step]:
-    """Repaint where mask is True; yields a Step for each call of the denoiser, the last one's x is the picture.
+    """Repaint where mask is True; yields a Step for each call of the denoiser, the last one's x is the picture. x0 is what the model takes
+    the whole for, also where it is known: at the last step, what it would make of that.
 
     picture [B, C, H, W] in [-1, 1]; mask bool [B or 1, 1, H, W]. Outside the mask the last x is the picture, exactly.
     steps: noise levels; jump, resamples: see `repaint_levels`. Raises ValueError for a mask of another shape or type.
@@ -77,20 +83,92 @@ def repaint(denoise, schedule, picture: torch.Tensor, mask: torch.Tensor, steps:
         prediction = denoise(x, torch.full((len(x),), t, device=x.device))
         known = math.sqrt(a_s) * picture + math.sqrt(1 - a_s) * noise() if s >= 0 else picture
         x = torch.where(mask, ddpm_step(schedule, prediction, x, t, s, noise()), known)
-        yield Step(index, t, x, torch.where(mask, prediction.x0, picture))
+        yield Step(index, t, x, prediction.x0)
         index += 1
 
 
-def painter(denoise, schedule, steps: int = 25, jump: int = 5, resamples: int = 4, generator=None, device="cpu",
+def painter(denoise, schedule, steps: int = 25, jump: int = 5, resamples: int = 4, generator=None, device="cpu", multiple: int = 1,
             watch: Callable = iter) -> Callable:
     """A function (picture uint8 [H, W, 3], mask bool [H, W]) → picture that repaints the mask; the rest stays to the byte.
 
-    It runs `repaint` on `device`. watch wraps each walk's steps: tqdm, say, for a progress bar.
+    It runs `repaint` on `device`. multiple: of what the sides of the network's pictures are multiples; a picture of other sides gets some
+    more columns and rows to be repainted, which are cut off again. watch wraps each walk's steps: tqdm, say, for a progress bar. What it
+    returns raises ValueError for a mask of another shape or type.
     """
     def paint(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        x0 = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1     # [1, 3, H, W]
-        where = torch.from_numpy(mask)[None, None].to(device)                                              # [1, 1, H, W]
+        if not check_mask(picture, mask).any():
+            return picture.copy()
+        wider, hidden = widened(picture, mask, multiple)
+        x0 = torch.from_numpy(wider).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1                  # [1, 3, H, W]
+        where = torch.from_numpy(hidden)[None, None].to(device)                                             # [1, 1, H, W]
         *_, last = watch(repaint(denoise, schedule, x0, where, steps, jump, resamples, generator))
-        return np.where(mask[..., None], to_pictures(last.x)[0], picture)
+        return blended(to_levels(last.x0)[:len(mask), :mask.shape[1]], picture, mask)
 
     return paint
+
+
+def widened(picture: np.ndarray, mask: np.ndarray, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and mask with columns on the right and rows below, to be repainted, until their sides are multiples of this."""
+    more = [(0, -side % multiple) for side in mask.shape]
+    return np.pad(picture, [*more, (0, 0)], mode="edge"), np.pad(mask, more, constant_values=True)
+
+
+def to_levels(x: torch.Tensor) -> np.ndarray:
+    """A picture [1, 3, H, W] in [-1, 1] → floats [H, W, 3] in 0 … 255, not rounded."""
+    return (x[0].float().clamp(-1, 1).permute(1, 2, 0).cpu().numpy() + 1) * 127.5
+
+
+def check_mask(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask bool [H, W], if it is one for this picture uint8 [H, W, 3]; else ValueError."""
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ValueError(f"a picture is uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
+    if mask.dtype != np.bool_ or mask.shape != picture.shape[:2]:
+        raise ValueError(f"for a picture {list(picture.shape)} a mask is bool {list(picture.shape[:2])}, True = repaint; not {mask.dtype} "
+                         f"{list(mask.shape)}")
+    return mask
+
+
+def filled(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A picture uint8 [H, W, C] whose masked pixels have grown in from their known neighbours, ring by ring; all grey if none is known."""
+    values, unknown = np.where(mask[..., None], 127, picture).astype(np.float32), mask.copy()
+    while unknown.any() and not unknown.all():
+        known = np.pad((~unknown).astype(np.float32), 1)                    # [H + 2, W + 2]
+        colours = np.pad(values * (~unknown)[..., None], ((1, 1), (1, 1), (0, 0)))
+        shifts = [(slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])) for y in range(3) for x in range(3)]
+        count, total = sum(known[s] for s in shifts), sum(colours[s] for s in shifts)
+        grown = unknown & (count > 0)
+        values[grown] = total[grown] / count[grown][:, None]
+        unknown &= ~grown
+    return values.round().astype(np.uint8)
+
+
+def blended(painted: np.ndarray, picture: np.ndarray, mask: np.ndarray, width: int = 8) -> np.ndarray:
+    """A picture [H, W, 3] in 0 … 255 that was painted whole, set into the mask of another, uint8, without a seam; outside the mask that one
+    stays to the byte.
+
+    A decoder does not give back what it was given: it shifts colours a little, or flattens them, and that adds up from repaint to repaint.
+    What it did is seen beside the mask, on the known pixels near it: there the picture is gain · painted + shift + rest. Gain (at least 1,
+    at most 1.1; for each colour, the slope of the best straight line) and shift are made good everywhere, the rest, as its mean near each
+    place, up to `width` pixels into the mask, less and less of it.
+    """
+    check_mask(picture, mask)
+    if painted.shape != picture.shape:
+        raise ValueError(f"what was painted is of the picture's shape {list(picture.shape)}, not {list(painted.shape)}")
+    painted = painted.astype(np.float32)
+    if mask.all() or not mask.any():
+        return painted.clip(0, 255).round().astype(np.uint8) if mask.all() else picture.copy()
+    known = torch.from_numpy(~mask).float()[None]                           # [1, H, W]
+
+    def around(x, pixels):                                                  # the mean over the square of so many pixels to each side
+        return F.avg_pool2d(x, 2 * pixels + 1, stride=1, padding=pixels, count_include_pad=False)
+
+    near = ((known > 0) & (around(known, 2 * width) < 1))[0].numpy()
+    truth, seen = picture[near].astype(np.float64), painted[near].astype(np.float64)                        # [N, 3]
+    spread = seen - seen.mean(axis=0)
+    gain = ((spread * (truth - truth.mean(axis=0))).sum(axis=0) / (spread ** 2).sum(axis=0).clip(1e-6)).clip(1, 1.1)
+    painted = (painted - seen.mean(axis=0)) * gain + truth.mean(axis=0)
+    rest = torch.from_numpy(np.where(mask[..., None], 0, picture - painted)).float().permute(2, 0, 1)       # [3, H, W]
+    share = around(known, width)                                            # half at a straight rim, 0 farther in than `width`
+    local = around(rest, width) / share.clamp(min=1e-6) * (2 * share).clamp(max=1)
+    whole = (painted + local.permute(1, 2, 0).numpy()).clip(0, 255).round().astype(np.uint8)
+    return np.where(mask[..., None], whole, picture)

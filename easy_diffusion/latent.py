@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from . import checkpoint as files
 from .autoencoder import Autoencoder
-from .inpaint import repaint
+from .inpaint import blended, check_mask, filled, repaint, to_levels, widened
 from .samplers import to_pictures
 
 
@@ -106,34 +106,23 @@ def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def latent_painter(denoise, schedule, autoencoder: Autoencoder, steps: int = 25, jump: int = 5, resamples: int = 4, generator=None,
-                   watch: Callable = iter) -> Callable:
+                   multiple: int = 1, watch: Callable = iter) -> Callable:
     """A function (picture uint8 [H, W, 3], mask bool [H, W]) → picture that repaints the mask in the autoencoder's space; the rest stays to
-    the byte. denoise: of latents; the other arguments as for inpaint.painter.
+    the byte. denoise: of latents; the other arguments as for inpaint.painter, multiple: of the latents' sides.
 
     Before it is encoded, what is to be repainted is filled from its known neighbours; else its colour would leak into latents beside it.
     """
     encode, device = encoder_of(autoencoder), next(autoencoder.parameters()).device
 
+    @torch.no_grad()
     def paint(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        known = torch.from_numpy(filled(picture, mask)).permute(2, 0, 1)[None]                              # [1, 3, H, W]
-        where = latent_mask(torch.from_numpy(mask)[None, None], autoencoder.factor).to(device)              # [1, 1, h, w]
+        if not check_mask(picture, mask).any():
+            return picture.copy()
+        wider, hidden = widened(picture, mask, autoencoder.factor * multiple)
+        known = torch.from_numpy(filled(wider, hidden)).permute(2, 0, 1)[None]                              # [1, 3, H, W]
+        where = latent_mask(torch.from_numpy(hidden)[None, None], autoencoder.factor).to(device)            # [1, 1, h, w]
         *_, last = watch(repaint(denoise, schedule, encode(known)[0], where, steps, jump, resamples, generator))
-        return np.where(mask[..., None], decoded(autoencoder, last.x)[0], picture)
+        painted = autoencoder.eval().decode(last.x / autoencoder.scale + autoencoder.shift)                 # [1, 3, H, W]
+        return blended(to_levels(painted)[:len(mask), :mask.shape[1]], picture, mask)
 
     return paint
-
-
-def filled(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A picture [H, W, C] whose masked pixels have grown in from their known neighbours, ring by ring."""
-    picture, unknown = picture.astype(np.float32), mask.copy()
-    if unknown.all():
-        return np.full_like(picture, 127).astype(np.uint8)
-    while unknown.any():
-        known = np.pad((~unknown).astype(np.float32), 1)                    # [H + 2, W + 2]
-        colours = np.pad(picture * (~unknown)[..., None], ((1, 1), (1, 1), (0, 0)))
-        shifts = [(slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])) for y in range(3) for x in range(3)]
-        count, total = sum(known[s] for s in shifts), sum(colours[s] for s in shifts)
-        grown = unknown & (count > 0)
-        picture[grown] = total[grown] / count[grown][:, None]
-        unknown &= ~grown
-    return picture.round().astype(np.uint8)

@@ -177,11 +177,11 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     11×11, σ = 1.5, and its mean over windows and colours (Wang et al. 2004, equation 13)."""
     channels = a.shape[1]
     line = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5 ** 2))
-    window = (line / line.sum())[:, None] * (line / line.sum())             # [11, 11]
+    line = line / line.sum()                                                # [11]; the window is its product with itself
     a, b = (x.double().flatten(0, 1)[:, None] for x in (a, b))              # [B·C, 1, H, W]; small differences of large squares follow
 
     def mean(x):
-        return F.conv2d(x, window.to(x)[None, None])                        # [B·C, 1, H - 10, W - 10]
+        return F.conv2d(F.conv2d(x, line.to(x).view(1, 1, -1, 1)), line.to(x).view(1, 1, 1, -1))           # [B·C, 1, H - 10, W - 10]
 
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b, covariance = mean(a * a) - mean_a ** 2, mean(b * b) - mean_b ** 2, mean(a * b) - mean_a * mean_b

@@ -13,7 +13,7 @@ checkpoint.py, muon.py, run.py and autoencoder_loss.py; its example also autoenc
 >>> pictures = [(torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8), ["红", "绿", "蓝", "白"])]
 >>> for step in train_autoencoder(Autoencoder((32, 32), blocks=1), pictures, steps=2): pass
 >>> sorted(step.terms)
-['kl', 'reconstruction', 'structure']
+['kl', 'reconstruction', 'squared']
 >>> scale, shift = measure_latents(step.autoencoder, pictures)
 """
 
@@ -34,7 +34,7 @@ from .batches import endless
 class AutoencoderStep(NamedTuple):
     """One step: its number, its loss and the loss's terms, each a mean over the batch before its weight; autoencoder is the average.
 
-    terms: "reconstruction", "structure", "kl" (nats for each number of the picture) and, where they are in use, "perceptual",
+    terms: "reconstruction", "squared", "kl" (nats for each number of the picture) and, where they are in use, "structure", "perceptual",
     "adversarial", "discriminator" and "lambda", the weight that makes the adversarial term pull as strongly as all others."""
 
     index: int
@@ -48,20 +48,20 @@ class AutoencoderStep(NamedTuple):
 
 def train_autoencoder(autoencoder, loader, *, steps: int = 100_000, minutes: float | None = None, learning_rate: float = 1e-3,
                       muon_learning_rate: float | None = None, warmup: int = 100, decay: float = 0.4, weight_decay: float = 0.01,
-                      ema: float = 0.999, clip: float = 1.0, structure: float = 1.0, kl: float = 1e-4,
+                      ema: float = 0.999, clip: float = 1.0, squared: float = 4.0, structure: float = 0.0, kl: float = 1e-4,
                       perceptual: Callable | None = None, perceptual_weight: float = 1.0, discriminator: PatchDiscriminator | None = None,
                       discriminator_from: float = 0.5, discriminator_learning_rate: float = 2e-4, adversarial: float = 0.5, seed: int = 0,
                       checkpoint=None, save_seconds: float = 30, accelerator: Accelerator | None = None) -> Iterator[AutoencoderStep]:
     """Train until `steps` steps or `minutes` minutes are over, whichever is first; yields every step. What the caller does between two
     steps does not count as training time.
 
-    loader gives (pictures uint8 [B, C, H, W], captions), again and again. structure, kl, perceptual_weight, adversarial: the weights of
-    the terms; KL is counted for each number of the picture. perceptual: (x, y) → [B], such as LPIPS. discriminator: joins after the share
-    discriminator_from of the run. muon_learning_rate: if given, Muon trains the autoencoder's matrices. checkpoint: a path, written every
-    save_seconds seconds and at the end; if it is there, the run goes on from it. Raises ValueError if that file is of another network, or
-    of a run with another number of optimizers, for an empty loader, for no time or no steps; FloatingPointError for a loss that is not
-    finite. It trains in one process, in full precision or bfloat16. A run that is finished yields nothing; what came out of it stands in
-    the checkpoint, under "models", "average".
+    loader gives (pictures uint8 [B, C, H, W], captions), again and again. squared, structure, kl, perceptual_weight, adversarial: the
+    weights of the terms; KL is counted for each number of the picture. perceptual: (x, y) → [B], such as LPIPS. discriminator: joins after
+    the share discriminator_from of the run. muon_learning_rate: if given, Muon trains the autoencoder's matrices. checkpoint: a path,
+    written every save_seconds seconds and at the end; if it is there, the run goes on from it. Raises ValueError if that file is of another
+    network, or of a run with another number of optimizers, for an empty loader, for no time or no steps; FloatingPointError for a loss that
+    is not finite. It trains in one process, in full precision or bfloat16. A run that is finished yields nothing; what came out of it
+    stands in the checkpoint, under "models", "average".
     """
     clock, accelerator = run.Clock(steps, minutes, save_seconds), accelerator or run.default_accelerator()
     if accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16":
@@ -112,8 +112,8 @@ def train_autoencoder(autoencoder, loader, *, steps: int = 100_000, minutes: flo
         run.set_rates([(judge, discriminator_learning_rate) for judge in judges], 1.0)
         autoencoder.train()
         y, posterior = autoencoder(x, generator)                            # [B, C, H, W]
-        terms = {"reconstruction": (x - y).abs().mean(), "kl": posterior.kl().mean() / x[0].numel()}
-        loss = terms["reconstruction"] + kl * terms["kl"]
+        terms = {"reconstruction": (x - y).abs().mean(), "squared": (x - y).square().mean(), "kl": posterior.kl().mean() / x[0].numel()}
+        loss = terms["reconstruction"] + squared * terms["squared"] + kl * terms["kl"]
         if structure:
             terms["structure"] = structure_loss(x, y).mean()
             loss = loss + structure * terms["structure"]

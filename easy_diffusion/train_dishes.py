@@ -39,7 +39,7 @@ from datasets.dishes import WAYS, attributes, dish_names
 from datasets.latents_lmdb import LatentLmdb
 
 from . import checkpoint as files
-from . import demo
+from . import recipe
 from .animate import contact_sheet, write_png
 from .batches import batches
 from .diffusion import GaussianDiffusion, ImportanceTimesteps, logit_normal_timesteps, min_snr_weight, velocity_weight
@@ -73,8 +73,8 @@ def parsed(arguments=None) -> argparse.Namespace:
 
     add("--data", Path, None, "a folder of photographs, a store, or a store of latents; without it dishes are drawn")
     add("--autoencoder", Path, None, "of latents: the file that encoded them, to decode what is drawn")
-    add("--dishes", int, demo.DISHES, "how many are drawn, where there is no --data")
-    add("--size", int, demo.SIZE, "side of drawn dishes and of photographs in pixels")
+    add("--dishes", int, recipe.DISHES, "how many are drawn, where there is no --data")
+    add("--size", int, recipe.SIZE, "side of drawn dishes and of photographs in pixels")
     add("--out", Path, Path("out/train"), "the folder for all that is written")
     add("--cn-clip", str, None, "a checkpoint of Chinese CLIP, which then reads the store's captions in place of an encoder that learns")
 
@@ -94,7 +94,7 @@ def parsed(arguments=None) -> argparse.Namespace:
 
     add("--minutes", float, 2.5 if gpu else 10.0, "of training; 0 for no limit but --steps")
     add("--steps", int, 10 ** 7, "of training, at most")
-    add("--batch-size", lambda text: text if text == "auto" else int(text), demo.BATCH, "pictures of a step in each process; auto: as "
+    add("--batch-size", lambda text: text if text == "auto" else int(text), recipe.BATCH, "pictures of a step in each process; auto: as "
         "many as fit into memory, at most 1024")
     add("--pieces", int, 1, "parts of a batch that go through the network one after the other")
     add("--workers", int, -1, "processes that read pictures; -1: none on a CPU, four with a GPU")
@@ -138,7 +138,7 @@ def dataset_of(options, accelerator):
     """(dataset, its captions, names to look at, autoencoder or None) of --data; dishes are drawn by the first process alone."""
     with accelerator.main_process_first():
         if options.data is None:
-            data = demo.prepare(options.out / f"dishes_{options.size}", options.dishes, options.size)
+            data = recipe.prepare(options.out / f"dishes_{options.size}", options.dishes, options.size)
             names = random.Random(0).sample(dish_names("train"), 6) + random.Random(0).sample(dish_names("held_out"), 6)
             return data, dish_names("train") + names, names, None
         autoencoder = load_autoencoder(options.autoencoder) if options.autoencoder else None
@@ -188,7 +188,7 @@ def looking(options, diffusion, names, size, autoencoder):
         device = next(step.network.parameters()).device
         if autoencoder is not None:
             autoencoder.to(device)
-        pictures = demo.sample(step.network, step.encoder, diffusion, names, size, guidance=options.guidance, autoencoder=autoencoder)
+        pictures = recipe.sample(step.network, step.encoder, diffusion, names, size, guidance=options.guidance, autoencoder=autoencoder)
         write_png(options.out / "samples.png", contact_sheet([[picture] for picture in pictures], names, columns=6))
         if reader is None:
             return {}

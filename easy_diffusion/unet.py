@@ -105,14 +105,18 @@ class UNet(nn.Module):
             context, mask = context[:, some], mask[:, some]
         return Remembered(context.to(self.conv_in.weight.dtype)), mask
 
+    @property
+    def multiple(self) -> int:
+        """Height and width of its pictures are multiples of this."""
+        return self.patch * 2 ** sum(isinstance(part[0], Downsample) for part in self.down)
+
     def forward(self, x, t, context=None, mask=None):
         if context is None and self.context_dim is not None:
             raise ValueError("this network reads words: it needs a context [B, L, D]")
         if context is not None and len(context) != 1 and len(context) % len(x):
             raise ValueError(f"{len(context)} captions cannot be shared out among {len(x)} pictures")
-        multiple = self.patch * 2 ** sum(isinstance(part[0], Downsample) for part in self.down)
-        if x.shape[-2] % multiple or x.shape[-1] % multiple:
-            raise ValueError(f"height and width are multiples of {multiple} for this network, not {tuple(x.shape[-2:])}")
+        if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
+            raise ValueError(f"height and width are multiples of {self.multiple} for this network, not {tuple(x.shape[-2:])}")
         dtype = self.conv_in.weight.dtype                                   # a network in half precision takes pictures in any
         x, context = x.to(dtype), context.to(dtype) if isinstance(context, torch.Tensor) else context
         time = self.time(timestep_embedding(t, self.channels[0]).to(dtype))                     # [B, 4 C]

@@ -1,4 +1,6 @@
 import multiprocessing
+import signal
+import time
 
 import lmdb
 import numpy as np
@@ -16,7 +18,6 @@ from easy_diffusion.latent import (
     EncodedBatch,
     decoded,
     encoder_of,
-    filled,
     fingerprint,
     latent_mask,
     latent_painter,
@@ -86,6 +87,42 @@ def test_an_interrupted_encoding_goes_on(pictures, tmp_path, autoencoder):
             torch.manual_seed(i)
             drawn.append(LatentLmdb(tmp_path / name)[i])
         assert torch.equal(drawn[0][0], drawn[1][0]) and drawn[0][1] == drawn[1][1]
+
+
+def encode_slowly(pictures, folder, seen):
+    def encode(some):
+        time.sleep(0.002)
+        return some[:, :1].float() / 7, some[:, 1:2].float() / 9
+    for seen.value in encode_store(pictures, folder, encode, "slow", batch=4):
+        pass
+
+
+def test_killed_at_ten_random_moments_it_is_the_store_that_is_encoded_in_one_go(tmp_path):
+    """By SIGKILL, between two transactions or within one; what was committed stays, and nothing is encoded twice."""
+    fork, random, moments = multiprocessing.get_context("fork"), np.random.default_rng(0), []
+    for _ in append(tmp_path / "pictures", Dishes(240, 32)):
+        pass
+    encode_slowly(tmp_path / "pictures", tmp_path / "whole", fork.Value("i", 0))
+    for _ in range(10):
+        seen = fork.Value("i", 0)
+        process = fork.Process(target=encode_slowly, args=(tmp_path / "pictures", tmp_path / "broken", seen))
+        process.start()
+        until = (moments[-1] if moments else 0) + 4 * int(random.integers(1, 6))
+        while seen.value < until and process.is_alive():
+            time.sleep(0.0005)
+        time.sleep(float(random.uniform(0, 0.01)))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        moments.append(len(LatentLmdb(tmp_path / "broken")))
+        assert moments[-1] >= seen.value
+    assert moments == sorted(moments) and len({moment for moment in moments if moment < 240}) >= 5, moments
+    encode_slowly(tmp_path / "pictures", tmp_path / "broken", fork.Value("i", 0))
+    contents = []
+    for name in ("whole", "broken"):
+        with lmdb.open(str(tmp_path / name), readonly=True, lock=False) as environment, environment.begin() as transaction:
+            contents.append(list(transaction.cursor()))
+    assert contents[0] == contents[1] and len(contents[0]) > 240
 
 
 def test_latents_of_another_autoencoder_are_refused(pictures, tmp_path, autoencoder):
@@ -203,12 +240,3 @@ def test_repainting_in_latents_keeps_the_rest_to_the_byte(autoencoder):
     assert asked[0] == (1, 4, 8, 8) and np.array_equal(painted[:, :20], picture[:, :20])
     nothing = decoded(autoencoder, torch.zeros(1, 4, 8, 8))[0]              # far from the seam it is what the denoiser always says
     assert np.abs(painted[:, 28:].astype(int) - nothing[:, 28:]).mean() < np.abs(picture[:, 28:].astype(int) - nothing[:, 28:]).mean()
-
-
-def test_holes_are_filled_from_their_known_neighbours():
-    picture = np.zeros((8, 10, 3), np.uint8)
-    picture[:, :5], picture[:, 5:] = (200, 100, 50), 255
-    mask = np.zeros((8, 10), bool)
-    mask[:, 5:] = True
-    assert (filled(picture, mask) == (200, 100, 50)).all()
-    assert (filled(picture, np.ones((8, 10), bool)) == 127).all() and np.array_equal(filled(picture, ~(mask | True)), picture)

@@ -35,8 +35,8 @@ def test_pictures_come_back_better_and_better():
     for last in run(120):
         pass
     assert last.terms["reconstruction"] < 0.6 * first.terms["reconstruction"] and 0 < last.progress <= 1
-    assert last.terms.keys() == {"reconstruction", "structure", "kl", "adversarial", "discriminator", "lambda"}
-    assert first.terms.keys() == {"reconstruction", "structure", "kl"}      # the discriminator had not joined yet
+    assert last.terms.keys() == {"reconstruction", "squared", "kl", "adversarial", "discriminator", "lambda"}
+    assert first.terms.keys() == {"reconstruction", "squared", "kl"}      # the discriminator had not joined yet
     assert not last.autoencoder.training and not any(p.requires_grad for p in last.autoencoder.parameters())
 
 
@@ -83,7 +83,7 @@ def test_a_finished_run_yields_nothing_and_keeps_its_average(tmp_path):
 
 
 def test_the_loss_is_the_sum_of_its_weighed_terms_and_each_network_learns_from_its_own():
-    weights = dict(structure=0.3, kl=0.7, perceptual_weight=0.2, adversarial=0.4)
+    weights = dict(squared=2.0, structure=0.3, kl=0.7, perceptual_weight=0.2, adversarial=0.4)
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(width=32)
     before = copy.deepcopy(discriminator.state_dict())
@@ -92,7 +92,7 @@ def test_the_loss_is_the_sum_of_its_weighed_terms_and_each_network_learns_from_i
                                  discriminator_from=0, discriminator_learning_rate=0, accelerator=Accelerator(mixed_precision="no"),
                                  **weights)
     terms = step.terms
-    expected = (terms["reconstruction"] + 0.3 * terms["structure"] + 0.7 * terms["kl"] + 0.2 * terms["perceptual"]
+    expected = (terms["reconstruction"] + 2.0 * terms["squared"] + 0.3 * terms["structure"] + 0.7 * terms["kl"] + 0.2 * terms["perceptual"]
                 + 0.4 * terms["lambda"] * terms["adversarial"])
     assert step.loss == pytest.approx(expected, rel=1e-5) and min(terms["kl"], terms["perceptual"]) > 0
     assert all(torch.equal(before[name], tensor) for name, tensor in discriminator.state_dict().items())
