@@ -45,11 +45,11 @@ TRAINING = dict(learning_rate=2e-3, muon_learning_rate=3e-3, ema=0.998, decay=0.
 
 def build(characters: str, autoencoder: Autoencoder | None = None):
     """The demo's network, encoder of those characters and diffusion: small enough for two CPU cores. With an autoencoder the network is for
-    its latents; of pictures it sees 4×4 pixels as one place, of latents 2×2."""
+    its latents; of pictures it sees 4×4 pixels as one place, of latents 2×2. These are so few that all of them look at each other."""
     encoder = CharacterEncoder(characters, dim=128, layers=2)
     channels, patch = (3, 4) if autoencoder is None else (autoencoder.settings["latent_channels"], 2)
-    network = UNet(channels, channels, channels=(64, 128), attention=(False, True), heads=2, patch=patch, context_dim=encoder.dim,
-                   pooled=True)
+    network = UNet(channels, channels, channels=(64, 128), attention=(autoencoder is not None, True), heads=2, patch=patch,
+                   context_dim=encoder.dim, pooled=True)
     return network, encoder, GaussianDiffusion(NoiseSchedule.cosine(1000), predicts="x0", loss_weight=velocity_weight)
 
 
