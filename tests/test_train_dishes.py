@@ -23,7 +23,7 @@ def test_help_tells_every_option_and_its_default(capsys):
     with pytest.raises(SystemExit):
         parsed(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    options = set(re.findall(r"(--[a-z][a-z-]+)", text)) - {"--help", "--multi", "--cpu", "--num"}
+    options = set(re.findall(r"(--[a-z][a-z-]+)", text)) - {"--help", "--multi", "--standalone", "--nproc"}
     options = {option for option in options if not option.startswith("--no-")}
     assert len(options) > 40 and text.count("(default: ") == len(options)
 
