@@ -131,7 +131,7 @@ def main():
         print(rows[-1], flush=True)
     ours, theirs = ([row for row in rows if (row["move"], row["way"]) == ("right", way)][-1] for way in WAYS_OF_FILMING)
 
-    reader = reader_of_frames(out, *((500, 20) if quick else (20_000, 1800)))
+    reader = reader_of_frames(out, *((500, 20) if quick else (30_000, 2800)))
     readable = {}
     for at in (0, 32, STEP):
         pictures, names = zip(*[Frames(500, 301, dish_names("held_out"), at)[i] for i in range(50 if quick else 500)])
