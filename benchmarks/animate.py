@@ -13,19 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from datasets.dish_shapes import INGREDIENTS
-from datasets.dishes import WAYS, attributes, dish_names, draw
-from easy_diffusion import checkpoint, recipe
+from datasets.dishes import attributes, dish_names, draw
+from easy_diffusion import recipe
 from easy_diffusion.animate import animate, default_pixels
 from easy_diffusion.camera import uncover
 from easy_diffusion.inpaint import blended, repaint, to_levels
 from easy_diffusion.latent import load_autoencoder
-from easy_diffusion.metrics import Reader, share, train_reader
-from easy_diffusion.train import fast_precision
+from easy_diffusion.metrics import Reader, share
 
-from .fidelity import LEAST_READER_ACCURACY
+from .fidelity import LEAST_READER_ACCURACY, all_of, kept_reader
 from .report import finish
 
 FRAMES, STEP = 24, default_pixels("right", (64, 64))
@@ -53,20 +50,8 @@ class Frames(torch.utils.data.Dataset):
 
 def reader_of_frames(out: Path, count: int, steps: int) -> Reader:
     """Trained on `count` windows over dishes of all names, and kept in `out`."""
-    torch.manual_seed(0)
-    reader, path = Reader(INGREDIENTS, WAYS), out / f"reader_of_frames_{steps}.safetensors"
-    if path.exists():
-        checkpoint.load_into(reader, checkpoint.load(path))
-        return reader
-    windows = torch.utils.data.DataLoader(Frames(count, 300, dish_names("train") + dish_names("held_out")), 100, num_workers=2)
-    pictures, names = zip(*tqdm(windows, desc="drawing frames"))
-    data = list(zip(torch.cat(pictures), [name for some in names for name in some]))
-    loader = torch.utils.data.DataLoader(data, 64, shuffle=True, drop_last=True)
-    losses = train_reader(reader, loader, attributes, steps, bf16=fast_precision() == "bf16")
-    for _ in tqdm(losses, total=steps, desc="training the reader"):
-        pass
-    checkpoint.save(path, reader.state_dict())
-    return reader
+    return kept_reader(out / f"reader_of_frames_{steps}.safetensors", steps,
+                       lambda: all_of(Frames(count, 300, dish_names("train") + dish_names("held_out"))))
 
 
 def painted_beside(model, dishes: np.ndarray, names: list[str], pixels: int) -> np.ndarray:

@@ -7,6 +7,7 @@ trained names with its own sampler, and the reader reads them.
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -26,23 +27,23 @@ LEAST_READER_ACCURACY = 0.98
 
 def drawings(count, size, split, seed):
     """(pictures uint8 [count, 3, size, size], names)"""
-    loader = torch.utils.data.DataLoader(Dishes(count, size, split, seed), 100, num_workers=2)
-    pictures, names = zip(*loader)
+    return all_of(Dishes(count, size, split, seed))
+
+
+def all_of(dataset):
+    """(pictures uint8 [N, 3, H, W], names) of a dataset whose items have to be drawn."""
+    pictures, names = zip(*torch.utils.data.DataLoader(dataset, 100, num_workers=2))
     return torch.cat(pictures), [name for some in names for name in some]
 
 
-def trained_reader(size: int, steps: int, out: Path, count: int = 34_700) -> Reader:
-    """A reader of `count` pictures of this size; kept in `out`, because it only depends on the drawings."""
+def kept_reader(path: Path, steps: int, drawn: Callable) -> Reader:
+    """The reader in a file, trained first, if it is not there yet, on what drawn() gives: (pictures, names)."""
     torch.manual_seed(0)
-    reader, path = Reader(INGREDIENTS, WAYS), out / f"reader_{size}_{steps}.safetensors"
+    reader = Reader(INGREDIENTS, WAYS)
     if path.exists():
         checkpoint.load_into(reader, checkpoint.load(path))
         return reader
-    # All pairs, each as often as any other, so that the reader expects none more than another; other seeds than the test's.
-    held_out = count * 27 // 347
-    (a, names_a), (b, names_b) = drawings(count - held_out, size, "train", 100), drawings(held_out, size, "held_out", 101)
-    data = list(zip(torch.cat([a, b]), names_a + names_b))
-    loader = torch.utils.data.DataLoader(data, 64, shuffle=True, drop_last=True)
+    loader = torch.utils.data.DataLoader(list(zip(*drawn())), 64, shuffle=True, drop_last=True)
     losses = train_reader(reader, loader, attributes, steps, bf16=fast_precision() == "bf16")
     for _ in tqdm(losses, total=steps, desc="training the reader"):
         pass
@@ -50,13 +51,25 @@ def trained_reader(size: int, steps: int, out: Path, count: int = 34_700) -> Rea
     return reader
 
 
-def fidelity(reader, network, encoder, diffusion, names, size):
-    """The share of names whose sample is read fully right."""
-    pictures = []
-    for start in range(0, len(names), 100):
-        some = recipe.sample(network, encoder, diffusion, names[start:start + 100], size, seed=start)
-        pictures.append(torch.from_numpy(some).permute(0, 3, 1, 2))
-    return share(reader.fully_right(torch.cat(pictures), [attributes(name) for name in names]))
+def trained_reader(size: int, steps: int, out: Path, count: int = 34_700) -> Reader:
+    """A reader of `count` pictures of this size; kept in `out`, because it only depends on the drawings."""
+    def drawn():
+        # All pairs, each as often as any other, so that the reader expects none more than another; other seeds than the test's.
+        held_out = count * 27 // 347
+        (a, names_a), (b, names_b) = drawings(count - held_out, size, "train", 100), drawings(held_out, size, "held_out", 101)
+        return torch.cat([a, b]), names_a + names_b
+
+    return kept_reader(out / f"reader_{size}_{steps}.safetensors", steps, drawn)
+
+
+def fidelity(reader, network, encoder, diffusion, names, size, autoencoder=None, at_once=100):
+    """The share of names whose sample is read fully right; `at_once` are drawn, and read, at a time."""
+    right = []
+    for start in range(0, len(names), at_once):
+        some = names[start:start + at_once]
+        pictures = torch.from_numpy(recipe.sample(network, encoder, diffusion, some, size, seed=start, autoencoder=autoencoder))
+        right += reader.fully_right(pictures.permute(0, 3, 1, 2), [attributes(name) for name in some])
+    return share(right)
 
 
 def main():

@@ -23,7 +23,7 @@ from easy_diffusion.metrics import psnr, share, sharpness, ssim
 from easy_diffusion.train import train
 from easy_diffusion.unet import UNet
 
-from .fidelity import LEAST_READER_ACCURACY, drawings, trained_reader
+from .fidelity import LEAST_READER_ACCURACY, drawings, fidelity, trained_reader
 from .report import finish
 
 
@@ -51,13 +51,6 @@ def steps_per_second(pictures, steps: int = 8) -> float:
     network = UNet(channels=(64, 128), attention=(True, True), heads=2, patch=4, context_dim=encoder.dim, pooled=True)
     seconds = [step.seconds for step in train(network, diffusion, batches(pictures, recipe.BATCH), encoder, steps=steps, **recipe.TRAINING)]
     return 1 / statistics.median(after - before for before, after in zip(seconds[1:], seconds[2:]))
-
-
-def fidelity(judge, step, diffusion, autoencoder, names, size):
-    """The share of names whose sample is read fully right."""
-    pictures = torch.cat([torch.from_numpy(recipe.sample(step.network, step.encoder, diffusion, names[i:i + 50], size, seed=i,
-                                                         autoencoder=autoencoder)).permute(0, 3, 1, 2) for i in range(0, len(names), 50)])
-    return judge(pictures, names)
 
 
 def main():
@@ -98,7 +91,7 @@ def main():
             if step.progress >= moments[0]:
                 moments.pop(0)
                 speed[scheme] = step.pictures_per_second
-                right = fidelity(judge, step, diffusion, space, names, size)
+                right = fidelity(reader, step.network, step.encoder, diffusion, names, size, space, at_once=50)
                 rows.append({"scheme": scheme, "minutes": round(step.seconds / 60, 2), "pictures": (step.index + 1) * batch,
                              "pictures/s": step.pictures_per_second, "held_out_fidelity": right})
                 tqdm.write(str(rows[-1]))

@@ -148,9 +148,10 @@ def main(arguments=None) -> int:
     """Draw, train, sample, animate; see the module's docstring."""
     options, start = options_of(arguments), time.perf_counter()
     chinese_font(12)                                                        # without one it would fail at the end
+    artist = None                                                           # who paints: Stable Diffusion's pipeline, or the demo's model
     if options.painter == "sd":
-        from .sd_painter import load_pipeline, stable_diffusion_painter
-        pipeline = load_pipeline(options.sd, options.sd_config)
+        from .sd_painter import load_pipeline
+        artist = load_pipeline(options.sd, options.sd_config)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     moves, written = MOVES if options.move == "all" else [options.move], []
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
@@ -163,7 +164,7 @@ def main(arguments=None) -> int:
                 print(f"note: {unknown} The network has not learned this one; it will do what it can.", flush=True)
     if not options.image or options.painter == "own":
         model, pictures = trained(options)
-        written += pictures
+        artist, written = artist or model, [*written, *pictures]
 
     if options.image:
         dishes = [photograph(options.image, options.size if options.painter == "own" else options.sd_size)]
@@ -173,24 +174,12 @@ def main(arguments=None) -> int:
                         autoencoder=autoencoder)
     films = {}
     for name, dish in zip(options.names, dishes):
-        def painters(move, name=name):
-            """Of what lies beside the dish, and around it; of one seed the same for this move, whatever else is filmed."""
-            seed = random.Random(f"{options.seed} {move}").getrandbits(32)
-            def watch(walk):
-                return tqdm(walk, desc=f"{name}, {move}: repainting", unit="step", leave=False)
-            if options.painter == "sd":
-                return [stable_diffusion_painter(pipeline, options.prompt, size=options.sd_size, steps=options.steps, watch=watch,
-                                                 generator=torch.Generator().manual_seed(seed))] * 2
-            # Beside a dish lies another helping of it; around it there is a table, of which its name says nothing.
-            around = painter_of(*model, "", options.steps, 1.0, seed, watch)
-            return around if options.image else painter_of(*model, name, options.steps, options.guidance, seed, watch), around
-
         if options.mask:
-            dish = painters("mask")[0](dish, read_mask(options.mask, options.image, len(dish)))
+            dish = painters_of(options, artist, name, "mask")[0](dish, read_mask(options.mask, options.image, len(dish)))
         written.append(options.out / f"{name}.png")
         write_png(written[-1], contact_sheet([[dish]], [name], columns=1, side=options.show))
         for move in tqdm(moves, desc=f"films of {name}", unit="film", disable=len(moves) == 1):
-            beside, around = painters(move)
+            beside, around = painters_of(options, artist, name, move)
             films[name, move] = animate(dish, move, beside, around=around, repaints=options.repaints, seconds=options.seconds,
                                         fps=options.fps, size=(options.show, options.show), reverse=options.reverse)
             written.append(options.out / f"{name}_{move}.{options.format}")
@@ -205,6 +194,23 @@ def main(arguments=None) -> int:
         print(f"wrote {path}")
     print(f"{time.perf_counter() - start:.0f} s in all")
     return 0
+
+
+def painters_of(options, artist, name: str, move: str) -> tuple:
+    """Painters of what lies beside the dish, and around it; of one seed the same for this move, whatever else is filmed."""
+    seed = random.Random(f"{options.seed} {move}").getrandbits(32)
+
+    def watch(walk):
+        return tqdm(walk, desc=f"{name}, {move}: repainting", unit="step", leave=False)
+
+    if options.painter == "sd":
+        from .sd_painter import stable_diffusion_painter
+        paint = stable_diffusion_painter(artist, options.prompt, size=options.sd_size, steps=options.steps, watch=watch,
+                                         generator=torch.Generator().manual_seed(seed))
+        return paint, paint
+    # Beside a dish lies another helping of it; around it there is a table, of which its name says nothing.
+    around = painter_of(*artist, "", options.steps, 1.0, seed, watch)
+    return around if options.image else painter_of(*artist, name, options.steps, options.guidance, seed, watch), around
 
 
 def trained(options) -> tuple[tuple, list[Path]]:

@@ -67,10 +67,15 @@ def encoder_of(autoencoder: Autoencoder) -> Callable:
 
 
 @torch.no_grad()
+def decode(autoencoder: Autoencoder, z: torch.Tensor) -> torch.Tensor:
+    """Latents [B, Z, h, w] → pictures float [B, 3, H, W], about in [-1, 1]."""
+    z = z.to(next(autoencoder.parameters()).device)
+    return autoencoder.eval().decode(z / autoencoder.scale + autoencoder.shift).float()
+
+
 def decoded(autoencoder: Autoencoder, z: torch.Tensor) -> np.ndarray:
     """Latents [B, Z, h, w] → pictures uint8 [B, H, W, 3]."""
-    z = z.to(next(autoencoder.parameters()).device)
-    return to_pictures(autoencoder.eval().decode(z / autoencoder.scale + autoencoder.shift).float())
+    return to_pictures(decode(autoencoder, z))
 
 
 class EncodedBatch:
@@ -114,7 +119,6 @@ def latent_painter(denoise, schedule, autoencoder: Autoencoder, steps: int = 25,
     """
     encode, device = encoder_of(autoencoder), next(autoencoder.parameters()).device
 
-    @torch.no_grad()
     def paint(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
         if not check_mask(picture, mask).any():
             return picture.copy()
@@ -122,7 +126,6 @@ def latent_painter(denoise, schedule, autoencoder: Autoencoder, steps: int = 25,
         known = torch.from_numpy(filled(wider, hidden)).permute(2, 0, 1)[None]                              # [1, 3, H, W]
         where = latent_mask(torch.from_numpy(hidden)[None, None], autoencoder.factor).to(device)            # [1, 1, h, w]
         *_, last = watch(repaint(denoise, schedule, encode(known)[0], where, steps, jump, resamples, generator))
-        painted = autoencoder.eval().decode(last.x / autoencoder.scale + autoencoder.shift)                 # [1, 3, H, W]
-        return blended(to_levels(painted)[:len(mask), :mask.shape[1]], picture, mask)
+        return blended(to_levels(decode(autoencoder, last.x))[:len(mask), :mask.shape[1]], picture, mask)
 
     return paint

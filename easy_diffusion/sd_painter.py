@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 
 from . import checkpoint
 from .diffusion import GaussianDiffusion
-from .inpaint import blended, check_mask
+from .inpaint import blended, check_mask, to_levels
 from .samplers import Step, ddim, dpm_solver, guided, normal_noise, spaced_timesteps
 from .schedule import NoiseSchedule
 from .stable_diffusion import PARTS, read
@@ -219,8 +219,7 @@ def our_inpainting_painter(network, autoencoder, states: torch.Tensor, nothing: 
         knows = _Knows(network, torch.cat([squares, encode(x * (1 - m))], dim=1))
         denoise = guided(diffusion.denoiser(knows, states.to(device)), diffusion.denoiser(knows, nothing.to(device)), guidance)
         *_, last = watch(SAMPLERS[sampler](denoise, schedule, spacing=timesteps, x_T=z_T))
-        painted = autoencoder.decode(last.x / autoencoder.scale + autoencoder.shift).float()               # [1, 3, H, W]
-        return ((painted.clamp(-1, 1) + 1) * 127.5)[0].permute(1, 2, 0).cpu().numpy()
+        return to_levels(autoencoder.decode(last.x / autoencoder.scale + autoencoder.shift))
 
     return _of_any_size(repainted, size, autoencoder.factor, len(network.channels) - 1)
 
