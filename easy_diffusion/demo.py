@@ -39,6 +39,7 @@ from datasets.aipos import photograph
 from datasets.dishes import attributes, dish_names, draw
 
 from .animate import FORMATS, animate, chinese_font, contact_sheet, mosaic, write_atomically, write_film, write_png
+from .batches import number_of
 from .camera import MOVES
 from .recipe import BATCH, DISHES, SIZE, build, fit, painter_of, prepare, prepare_latents, sample
 from .schedule import NoiseSchedule
@@ -198,7 +199,7 @@ def main(arguments=None) -> int:
 
 def painters_of(options, artist, name: str, move: str) -> tuple:
     """Painters of what lies beside the dish, and around it; of one seed the same for this move, whatever else is filmed."""
-    seed = random.Random(f"{options.seed} {move}").getrandbits(32)
+    seed = number_of(options.seed, move)
 
     def watch(walk):
         return tqdm(walk, desc=f"{name}, {move}: repainting", unit="step", leave=False)

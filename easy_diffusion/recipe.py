@@ -35,6 +35,7 @@ from .text import CharacterEncoder
 from .train import fast_precision, train
 from .train_autoencoder import measure_latents, train_autoencoder
 from .unet import UNet
+from .watch import watched
 
 SIZE, DISHES, BATCH, LATENT_BATCH = 64, 20_000, 32, 64
 AUTOENCODER, AUTOENCODER_BATCH = dict(channels=(64, 128), patch=4, latent_channels=16), 8
@@ -78,15 +79,11 @@ def prepare_latents(store, out: Path, size: int, minutes: float, judge: Callable
     path, checkpoint = out / f"autoencoder_{size}.safetensors", out / f"autoencoder_{size}.training.safetensors"
     sheet, looked = out / f"autoencoder_{size}.png", 0.0
     if not path.exists():
-        with tqdm(total=100, desc="training the autoencoder", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}") as bar:
-            for step in train_the_autoencoder(Autoencoder(**AUTOENCODER), store, checkpoint, minutes):
-                left = step.seconds * (1 / step.progress - 1)
-                bar.set_postfix_str(f"step {step.index}, error {step.terms['reconstruction']:.4f}, "
-                                    f"{step.pictures_per_second:.0f} pictures/s, {left / 60:.1f} min left", refresh=False)
-                bar.update(100 * step.progress - bar.n)
-                if step.seconds > looked + 60:
-                    looked = step.seconds
-                    bar.write(f"after {looked / 60:.1f} minutes {look_at(step.autoencoder, sheet, size, judge)}")
+        steps = train_the_autoencoder(Autoencoder(**AUTOENCODER), store, checkpoint, minutes)
+        for step in watched(steps, description="training the autoencoder"):
+            if step.seconds > looked + 60:
+                looked = step.seconds
+                tqdm.write(f"after {looked / 60:.1f} minutes {look_at(step.autoencoder, sheet, size, judge)}")
         autoencoder = Autoencoder(**AUTOENCODER)
         files.load_into(autoencoder, files.load(checkpoint)["models"]["average"])
         measure_latents(autoencoder, batches(store, BATCH))
@@ -137,12 +134,8 @@ def fit(network, encoder, diffusion, store, checkpoint: Path, minutes: float) ->
     Returns the loss of each step."""
     saved = files.load(checkpoint) if checkpoint.exists() else None
     if saved is None or saved["progress"] < 1:
-        with tqdm(total=100, desc="training", bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}") as bar:
-            for step in training(network, encoder, diffusion, store, checkpoint, minutes):
-                left = step.seconds * (1 / step.progress - 1)
-                bar.set_postfix_str(f"{step.phase}, step {step.index}, loss {step.smooth_loss:.4f}, "
-                                    f"{step.pictures_per_second:.0f} pictures/s, {left / 60:.1f} min left", refresh=False)
-                bar.update(100 * step.progress - bar.n)
+        for _ in watched(training(network, encoder, diffusion, store, checkpoint, minutes)):
+            pass
         saved = files.load(checkpoint)
     average = torch.nn.ModuleDict({"network": network, "encoder": encoder})
     files.load_into(average, saved["average"])

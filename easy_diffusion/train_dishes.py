@@ -2,7 +2,7 @@
 
 Without --data it draws dishes with Chinese names; --data takes a folder of photographs (a folder for each name), a store that
 `python -m datasets.aipos_lmdb` or `pokemon_lmdb` has written, or one of latents, with --autoencoder to look at them. Without a network's
-options it is the demo's. Several GPUs, machines, or processes of a CPU:
+options it is, for pictures, the demo's. Several GPUs, machines, or processes of a CPU:
 
     accelerate launch --multi_gpu -m easy_diffusion.train_dishes --batch-size 32
     torchrun --standalone --nproc_per_node 2 -m easy_diffusion.train_dishes           # without a GPU
