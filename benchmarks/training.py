@@ -29,7 +29,7 @@ from datasets.dishes import attributes, dish_names
 from easy_diffusion import recipe
 from easy_diffusion.batches import batches, endless
 from easy_diffusion.diffusion import GaussianDiffusion
-from easy_diffusion.guard import largest_batch
+from easy_diffusion.guard import in_one_go, largest_batch
 from easy_diffusion.metrics import share
 from easy_diffusion.run import fast_precision, optimizers_of
 from easy_diffusion.schedule import NoiseSchedule
@@ -210,8 +210,7 @@ def largest() -> int:
     def step(count):
         network, diffusion = UNet.easy_diffusion_2023(), GaussianDiffusion(NoiseSchedule.linear(1000), predicts="noise")
         loader = [(torch.zeros(count, 3, 128, 128, dtype=torch.uint8), [""] * count)]
-        for _ in train(network, diffusion, loader, Words(), steps=2):
-            pass
+        in_one_go(train(network, diffusion, loader, Words(), steps=2))
     return largest_batch(step)
 
 

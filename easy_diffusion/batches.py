@@ -119,6 +119,12 @@ def batches(dataset, batch_size: int, workers: int | None = None, collate=None, 
                       multiprocessing_context="spawn" if cuda and workers else None)
 
 
+def pictures_of(loader: Iterable, processes: int = 1) -> int | None:
+    """How many pictures a step takes in all processes, of a loader by `batches`; None of any other."""
+    order = getattr(loader, "batch_sampler", None)
+    return order.batch_size * processes if isinstance(order, Shuffled) else None
+
+
 def endless(loader: Iterable, start: int = 0, process: int = 0, processes: int = 1) -> Iterator:
     """The loader's batches, epoch after epoch; of a loader by `batches` those from step `start` on, and of them the share of number
     `process` of `processes`. Raises ValueError if it gives none."""

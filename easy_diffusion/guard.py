@@ -9,7 +9,7 @@
     memory runs out                                the batch goes through the network in twice as many pieces, whose gradients add up
 
 The moving average is what one goes back to because it is there anyway and lies in the middle of the good weights. A copy of it is taken
-every hundred steps, unless there was something wrong on the way or the loss has doubled. The file needs torch.
+every hundred steps, unless there was something wrong on the way or the loss has doubled. The file needs torch and psutil.
 
 >>> guard = Guard(torch.nn.ModuleDict({"network": torch.nn.Linear(1, 1)}))
 >>> guard.wrong_with(0.5, 1.0, losses=[0.5] * 100), guard.wrong_with(float("nan"), 1.0, [])
@@ -25,13 +25,16 @@ every hundred steps, unless there was something wrong on the way or the loss has
 import copy
 import gc
 import math
-import os
 import resource
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import psutil
 import torch
 
 WINDOW = 100                                                                # losses that a spike is told from, and steps between two copies
+NO_MEMORY = "memory ran out"                                                # how a step's note begins that had to be taken in more pieces
 
 
 class Guard:
@@ -103,7 +106,8 @@ def unless_out_of_memory(work: Callable, *arguments):
     try:
         return work(*arguments)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        said = any(words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not said:
             raise
     gc.collect()                                                            # here, where the traceback no longer holds the tensors
     if torch.cuda.is_available():
@@ -111,20 +115,38 @@ def unless_out_of_memory(work: Callable, *arguments):
     return None
 
 
-def largest_batch(step: Callable[[int], object], most: int = 1024) -> int:
-    """The largest power of two, at most `most`, for which `step`, a training step with so many pictures, has enough memory.
+def in_one_go(steps: Iterable) -> None:
+    """Take these steps of a training. Raises torch.OutOfMemoryError where one had to be taken in more pieces than they began with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in steps:
+            if step.note.startswith(NO_MEMORY):
+                raise torch.OutOfMemoryError(step.note)
+
+
+def free_memory() -> int:
+    """Bytes that this process could still have: of the computer or, if that is less, of the container that it runs in."""
+    free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(limit.with_name("memory.current").read_text()))
+    return free
+
+
+def largest_batch(step: Callable[[int], object], most: int = 1024, agreed: Callable[[bool], bool] = bool) -> int:
+    """The largest power of two, at most `most`, for which `step`, a training step with so many pictures, has enough memory; of train's
+    steps `in_one_go` tells whether it had.
 
     A GPU says no; a computer without one begins to swap, so there a step is only tried if, as the steps before have grown, it will take
-    less than half of what is free. Raises MemoryError if not even one picture fits."""
+    less than half of what is free. agreed: this process's answer → the answer of all. Raises MemoryError if not even one picture fits."""
     def peak():
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     fits, before = 0, peak()
     while fits < most:
-        pictures, free = max(1, 2 * fits), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if not torch.cuda.is_available() and 2 * (peak() - before) > free / 2:
+        pictures = max(1, 2 * fits)
+        if not agreed(torch.cuda.is_available() or 2 * (peak() - before) < free_memory() / 2):
             break
-        if unless_out_of_memory(lambda pictures=pictures: [step(pictures)]) is None:
+        if not agreed(unless_out_of_memory(lambda pictures=pictures: [step(pictures)]) is not None):
             break
         fits = pictures
     if not fits:

@@ -137,7 +137,7 @@ def save(path, tree, keep: int = 1, best: bool = False) -> str:
     could ever be written, that is an error (OSError). best: it is the best so far, kept as path.best if any but the newest are."""
     try:
         files.save(path, tree, keep)
-        if keep > 1 and best:
+        if keep > 1 and (best or not Path(f"{path}.best").exists()):
             files.name_too(path, f"{path}.best")
         return ""
     except OSError as error:
@@ -145,6 +145,28 @@ def save(path, tree, keep: int = 1, best: bool = False) -> str:
             raise
         step = tree["index"] - 1
         return f"the checkpoint after step {step} could not be written, that of before stays, and the training goes on: {error}"
+
+
+def check(path, saved, optimizers: list, predicts: str, pictures: int | None) -> None:
+    """Whether a checkpoint of a training is of one like this; if not, ValueError says what was otherwise. pictures: of a step, in all
+    processes, where that is known: with others the order would go on at another place."""
+    if not isinstance(saved, dict) or "guard" not in saved:
+        raise ValueError(f"{path} is not of a training by this file, or of one by an earlier version")
+    if len(saved["optimizers"]) != len(optimizers):
+        was = "with" if len(optimizers) == 1 else "without"
+        raise ValueError(f"{path} was trained {was} Muon, so muon_learning_rate must tell the same")
+    if saved["predicts"] != predicts:
+        raise ValueError(f"{path} was trained to predict {saved['predicts']}, not {predicts}")
+    if (was := saved.get("pictures")) is not None and pictures is not None and was != pictures:
+        raise ValueError(f"{path} is of a run with {was} pictures a step, not {pictures}: to go on, it must be as many")
+
+
+def all_at(accelerator, path, index: int) -> None:
+    """Whether all processes go on at the same step; if not, ValueError."""
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(torch.tensor(index, device=accelerator.device), "sum")
+        if anywhere(accelerator, int(total) != index * accelerator.num_processes):
+            raise ValueError(f"this process goes on from step {index}, others from another: {path} must lie on a disk that all of them see")
 
 
 def begin_alike(accelerator, modules) -> None:
@@ -173,8 +195,10 @@ def anywhere(accelerator, true: bool) -> bool:
 
 
 def in_common(accelerator, loss: torch.Tensor, norm: torch.Tensor, seconds: float) -> tuple[float, float, float]:
-    """Loss, gradient's length and clock as numbers, the mean over all processes, so that all of them decide alike."""
+    """Loss and gradient's length as numbers, the mean over all processes, and the first one's clock, so that all of them decide alike.
+    (While the first one's caller looks at samples its clock stands; the others wait.)"""
     loss, norm = torch.stack([loss.float(), norm.float()]).tolist()
     if accelerator.num_processes > 1:
+        seconds *= accelerator.num_processes * accelerator.is_main_process
         loss, norm, seconds = accelerator.reduce(torch.tensor([loss, norm, seconds], device=accelerator.device), "mean").tolist()
     return loss, norm, seconds

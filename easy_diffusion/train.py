@@ -11,8 +11,9 @@ algorithm 1). Around that stand habits that make it work:
     skipping          a step that is not finite, or a spike, is not taken (guard.py)
 
 All chance of step i follows from (seed, i): timesteps, dropped captions, noise, and what the network itself throws dice for. It is drawn
-for the batches of all processes, and each takes its share; so two processes learn what one with the double batch does, and a run that was
-killed goes on, with a loader of `batches`, to the same weights as one that was not: on a CPU to the bit.
+for the batches of all processes, and each takes its share; so two processes learn what one with the double batch does (on a GPU with other
+noise), and a run of so many steps, not minutes, that was killed goes on, with a loader of `batches`, to the weights of one that was not: on
+a CPU to the bit.
 
 accelerate knows device, precision and the other processes. The file needs torch and accelerate and, beside it, batches.py,
 checkpoint.py, guard.py, muon.py and run.py; its example also schedule.py, samplers.py and diffusion.py.
@@ -40,8 +41,8 @@ from torch.utils.data import DataLoader
 
 from . import checkpoint as files
 from . import run
-from .batches import Shuffled, chance, endless, number_of
-from .guard import Guard, unless_out_of_memory
+from .batches import Shuffled, chance, endless, number_of, pictures_of
+from .guard import NO_MEMORY, Guard, unless_out_of_memory
 from .run import fast_precision as fast_precision  # whoever trains asks for it here
 
 
@@ -130,25 +131,21 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     guard, generator = Guard(average, patience, spike=spike), torch.Generator(device)
     others = {"guard": guard, "scaler": scaler, "timesteps": timesteps}
     others = {name: other for name, other in others.items() if hasattr(other, "state_dict")}
-    losses, smooth, quartiles, lowest, halved = [], math.nan, (math.nan,) * 4, math.inf, False
+    losses, smooth, quartiles, lowest, halved, together = [], math.nan, (math.nan,) * 4, math.inf, False, pictures_of(loader, processes)
     if checkpoint is not None and Path(checkpoint).exists():
         saved = files.load_newest(checkpoint)
-        if not isinstance(saved, dict) or "guard" not in saved:
-            raise ValueError(f"{checkpoint} is not of a training by this file, or of one by an earlier version")
+        run.check(checkpoint, saved, adaptive, diffusion.predicts, together)
         files.load_into(models, saved["models"])
         files.load_into(average, saved["average"])
-        if len(saved["optimizers"]) != len(adaptive):
-            was = "with" if len(adaptive) == 1 else "without"
-            raise ValueError(f"{checkpoint} was trained {was} Muon, so muon_learning_rate must tell the same")
-        if saved["predicts"] != diffusion.predicts:
-            raise ValueError(f"{checkpoint} was trained to predict {saved['predicts']}, not {diffusion.predicts}")
         for (optimizer, _), state in zip(adaptive, saved["optimizers"]):
             optimizer.load_state_dict(state)
         for name in others.keys() & saved.keys():
             others[name].load_state_dict(saved[name])
         phase, losses, smooth, quartiles, lowest = (saved[key] for key in ("phase", "losses", "smooth", "quartiles", "lowest"))
-        pieces, halved = (saved["pieces"], True) if saved["halved"] else (pieces, False)
+        if saved["halved"]:                                                 # unless more pieces are asked for now
+            pieces, halved = max(pieces, saved["pieces"]), pieces <= saved["pieces"]
         clock.start(saved["index"], saved["seconds"])
+    run.all_at(accelerator, checkpoint, clock.index)
 
     def save() -> str:
         nonlocal lowest
@@ -160,7 +157,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
             "models": models.state_dict(), "average": average.state_dict(), "index": clock.index, "phase": phase, "losses": losses,
             "optimizers": [optimizer.state_dict() for optimizer, _ in adaptive], "seconds": clock.seconds, "progress": clock.progress,
             "predicts": diffusion.predicts, "smooth": smooth, "quartiles": quartiles, "lowest": lowest, "pieces": pieces, "halved": halved,
-        } | {name: other.state_dict() for name, other in others.items()}, keep, best)
+            "pictures": together} | {name: other.state_dict() for name, other in others.items()}, keep, best)
 
     def learn(pictures, captions):
         """The loss of each picture of a batch, its timestep and its weight, [B] each; the gradient of their mean is left in the weights."""
@@ -175,7 +172,10 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         if encoder is not None:
             captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
         weight = timesteps.weights(t).to(device) if hasattr(timesteps, "weights") else torch.ones(count, device=device)
-        torch.randn(process * count, *pictures.shape[1:], generator=generator, device=device)       # the noise of those before us
+        if device.type == "cpu":                                            # past the noise of those before us; elsewhere it has its own
+            torch.randn(process * count, *pictures.shape[1:], generator=generator)
+        else:
+            generator.manual_seed(number_of(seed, clock.index, process))
         each, context, mask = [], None, None
         with chance(number_of(seed, clock.index, process)):
             for part in (slice(first, first + size) for first in range(0, count, size)):
@@ -198,7 +198,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         found = learn(pictures, captions) if halved else unless_out_of_memory(learn, pictures, captions)
         if not halved and run.anywhere(accelerator, found is None):
             pieces, halved = 2 * pieces, True
-            note = run.tell(accelerator, f"memory ran out at step {index}; from here on the {len(pictures)} pictures of a batch go through "
+            note = run.tell(accelerator, f"{NO_MEMORY} at step {index}; from here on the {len(pictures)} pictures of a batch go through "
                             f"the network in {pieces} pieces, whose gradients add up")
             found = learn(pictures, captions)
         each, t, weight = found

@@ -22,6 +22,8 @@ This file is a roof like demo.py: it imports from everywhere, and nothing import
 """
 
 import argparse
+import contextlib
+import copy
 import random
 import sys
 import warnings
@@ -43,10 +45,10 @@ from . import recipe
 from .animate import contact_sheet, write_png
 from .batches import batches
 from .diffusion import GaussianDiffusion, ImportanceTimesteps, logit_normal_timesteps, min_snr_weight, velocity_weight
-from .guard import largest_batch
+from .guard import in_one_go, largest_batch
 from .latent import fingerprint, load_autoencoder
 from .metrics import Reader, share
-from .run import fast_precision
+from .run import anywhere, fast_precision
 from .schedule import NoiseSchedule
 from .text import CharacterEncoder, CnClipEncoder
 from .train import train, uniform_timesteps
@@ -136,7 +138,7 @@ def parsed(arguments=None) -> argparse.Namespace:
 
 def dataset_of(options, accelerator):
     """(dataset, its captions, names to look at, autoencoder or None) of --data; dishes are drawn by the first process alone."""
-    with accelerator.main_process_first():
+    with first_alone(accelerator):
         if options.data is None:
             data = recipe.prepare(options.out / f"dishes_{options.size}", options.dishes, options.size)
             names = random.Random(0).sample(dish_names("train"), 6) + random.Random(0).sample(dish_names("held_out"), 6)
@@ -155,12 +157,20 @@ def dataset_of(options, accelerator):
     return data, captions, random.Random(0).sample(captions, min(12, len(captions))), autoencoder
 
 
+@contextlib.contextmanager
+def first_alone(accelerator):
+    """The first process goes first, then the first of each other machine, which may have another disk, then all."""
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
+        yield
+
+
 def encoder_of(options, captions, accelerator):
     """Who reads the captions: an encoder that learns, or what Chinese CLIP said of each, kept in the store."""
     if not options.cn_clip:
-        return CharacterEncoder("".join(captions), dim=options.words, layers=2)
+        longest = max(32, 1 + max(len(caption) for caption in captions))
+        return CharacterEncoder("".join(captions), dim=options.words, layers=2, max_length=longest)
     reader = CnClipEncoder(options.cn_clip)
-    with accelerator.main_process_first():
+    with first_alone(accelerator):
         for _ in write_states(options.data, reader, reader.fingerprint()):
             pass
     return StoredStates(options.data, reader.fingerprint())
@@ -179,9 +189,9 @@ def parts(options, shape, encoder):
 def looking(options, diffusion, names, size, autoencoder):
     """A function step → {"fidelity": ...} that draws these names into samples.png; the share is that of drawings read right, if there is a
     reader. Of latents without their autoencoder nothing can be seen."""
-    reader = None
+    reader, wanted = None, []
     if options.reader is not None:
-        reader = Reader(INGREDIENTS, WAYS)
+        reader, wanted = Reader(INGREDIENTS, WAYS), [attributes(name) for name in names]
         files.load_into(reader, files.load(options.reader))
 
     def look(step):
@@ -193,28 +203,28 @@ def looking(options, diffusion, names, size, autoencoder):
         if reader is None:
             return {}
         reader.to(device)
-        right = reader.fully_right(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device), [attributes(name) for name in names])
+        right = reader.fully_right(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device), wanted)
         return {"fidelity": share(right)}
 
     return look
 
 
-def fitting_batch(options, data, captions, accelerator) -> int:
-    """--batch-size auto: the largest power of two with which a network like this one has enough memory for a training step."""
-    pictures = data[0][0]
+def fitting_batch(options, data, captions, encoder, accelerator) -> int:
+    """--batch-size auto: that of the run which goes on, or the largest power of two with which a network like this one has enough memory
+    for a training step, in every process."""
+    checkpoint = options.out / "model.safetensors"
+    if checkpoint.exists():
+        return files.load_newest(checkpoint)["pictures"] // accelerator.num_processes
+    pictures, longest = data[0][0], max(captions, key=len)
 
     def step(count):
-        encoder = CharacterEncoder("".join(captions), dim=options.words, layers=2)
-        network, diffusion = parts(options, pictures.shape, encoder)
-        loader = [(pictures.expand(count, *pictures.shape), [data[0][1]] * count)]
-        for _ in train(network, diffusion, loader, encoder, steps=2, pieces=options.pieces, accelerator=accelerator,
-                       muon_learning_rate=options.muon_learning_rate or None):
-            pass
+        encoder_here = copy.deepcopy(encoder)
+        network, diffusion = parts(options, pictures.shape, encoder_here)
+        in_one_go(train(network, diffusion, [(pictures.expand(count, *pictures.shape), [longest] * count)], encoder_here, steps=2,
+                        pieces=options.pieces, muon_learning_rate=options.muon_learning_rate or None, accelerator=accelerator))
 
-    count = min(largest_batch(step), 2 ** ((len(data) // accelerator.num_processes).bit_length() - 1))
-    if accelerator.num_processes > 1:                                       # all take what fits everywhere
-        count = -int(accelerator.reduce(torch.tensor(-float(count), device=accelerator.device), "max"))
-    return count
+    fits = largest_batch(step, agreed=lambda true: not anywhere(accelerator, not true))
+    return min(fits, 2 ** ((len(data) // accelerator.num_processes).bit_length() - 1))
 
 
 def main(arguments=None) -> int:
@@ -223,10 +233,11 @@ def main(arguments=None) -> int:
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     accelerator = Accelerator(mixed_precision=options.precision)
     data, captions, names, autoencoder = dataset_of(options, accelerator)
-    if options.batch_size == "auto":
-        options.batch_size = fitting_batch(options, data, captions, accelerator)
     torch.manual_seed(options.seed)
     encoder = encoder_of(options, captions, accelerator)
+    if options.batch_size == "auto":
+        options.batch_size = fitting_batch(options, data, captions, encoder, accelerator)
+    torch.manual_seed(options.seed + 1)                                     # the same weights, whatever the line above has drawn
     shape = tuple(data[0][0].shape)
     network, diffusion = parts(options, shape, encoder)
     loader = batches(data, options.batch_size, None if options.workers < 0 else options.workers, seed=options.seed)

@@ -19,6 +19,7 @@ index,loss,smooth_loss,seconds,progress,pictures_per_second,note
 ['0', '2', '3']
 """
 
+import contextlib
 import csv as table
 import io
 import warnings
@@ -80,6 +81,20 @@ def tensorboard_writer(folder):
     return SummaryWriter(str(folder))
 
 
+@contextlib.contextmanager
+def closed() -> Iterator[list]:
+    """A list of what is to be closed at the end, however that comes. Where the disk is still full then, a sentence says so."""
+    opened = []
+    try:
+        yield opened
+    finally:
+        for each in opened:
+            try:
+                each.close()                                                # which writes once more what could not be written before
+            except OSError as error:
+                tqdm.write(f"the end of the log could not be written: {error}")
+
+
 def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: Callable | None = None, look_minutes: float = 2.0,
             looks: Iterable[str] = (), bar: bool = True, description: str = "training") -> Iterator:
     """The same steps, with a bar, a CSV and TensorBoard beside them. steps: NamedTuples with index, loss or smooth_loss, seconds, progress
@@ -90,7 +105,9 @@ def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: 
     goes on without what could not be written.
     """
     board, log, looked, told, steps = tensorboard_writer(tensorboard) if tensorboard else None, None, None, set(), iter(steps)
-    with tqdm(total=100, desc=description, bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}", disable=not bar) as line:
+    shape = "{desc} {percentage:3.0f}%|{bar}| {postfix}"
+    with closed() as opened, tqdm(total=100, desc=description, bar_format=shape, disable=not bar) as line:
+        opened += [board] if board is not None else []
         while True:
             with warnings.catch_warnings(record=True) as warned:
                 step = next(steps, None)
@@ -114,7 +131,9 @@ def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: 
                     row |= look(step)
                 if step.index % every == 0 or last or due or row.get("note"):
                     if csv is not None:
-                        log = log or Table(csv, row, looks)
+                        if log is None:
+                            log = Table(csv, row, looks)
+                            opened.append(log.file)
                         log.write(row)
                     for name, value in row.items() if board is not None else ():
                         if isinstance(value, (int, float)):
@@ -122,6 +141,3 @@ def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: 
             except OSError as error:
                 line.write(f"step {step.index} could not be written down, and the training goes on: {error}")
             yield step
-    for each in (log and log.file, board):
-        if each:
-            each.close()

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from easy_diffusion.guard import WINDOW, Guard, largest_batch, unless_out_of_memory
+from easy_diffusion.guard import WINDOW, Guard, free_memory, largest_batch, unless_out_of_memory
 
 
 def modules(value=0.0):
@@ -73,7 +73,7 @@ def test_only_a_lack_of_memory_is_caught_and_what_it_held_is_given_back():
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         big = []
         assert unless_out_of_memory(greedy, error) is None and big
-    for error in (RuntimeError("shapes differ"), ValueError("out of memory")):
+    for error in (RuntimeError("shapes differ"), NotImplementedError("no kernel"), RecursionError(), ValueError("out of memory")):
         with pytest.raises(type(error)):
             unless_out_of_memory(greedy, error)
     assert unless_out_of_memory(lambda a: a + 1, 2) == 3
@@ -83,7 +83,7 @@ def test_only_a_lack_of_memory_is_caught_and_what_it_held_is_given_back():
 
 
 def test_the_largest_batch_is_found_by_doubling():
-    tried = []
+    tried, asked = [], []
 
     def step(pictures):
         tried.append(pictures)
@@ -93,3 +93,9 @@ def test_the_largest_batch_is_found_by_doubling():
     assert largest_batch(lambda pictures: None, most=16) == 16
     with pytest.raises(MemoryError, match="not enough memory for a step with one"):
         largest_batch(lambda pictures: step(1000))
+    assert largest_batch(lambda pictures: None, agreed=lambda fits: fits and len(asked.append(fits) or asked) < 7) == 4
+    assert asked == [True] * 7                                              # twice a size: is there room, and was there
+
+
+def test_free_memory_is_some_of_the_computers():
+    assert 0 < free_memory() < 2 ** 50

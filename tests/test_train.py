@@ -287,9 +287,31 @@ def test_a_gradient_that_is_not_finite_is_skipped_too():
         seen.append(1)
         return gradient * float("inf") if len(seen) == 3 else gradient
     network.conv_in.weight.register_hook(spoiled)
-    with pytest.warns(UserWarning, match="step 2 is skipped: the length of the gradient is nan|inf"):
+    with pytest.warns(UserWarning, match="step 2 is skipped: the length of the gradient is (nan|inf)"):
         steps = list(train(network, DIFFUSION, batches(Bright(), 5), encoder, steps=6, accelerator=Accelerator(mixed_precision="no")))
     assert [s.skipped for s in steps] == [0, 0, 1, 1, 1, 1] and math.isfinite(steps[2].loss) and finite(network)
+
+
+def test_a_scaler_of_half_precision_changes_nothing_but_skips_what_overflows(tmp_path):
+    """As with fp16 on a GPU: the loss is scaled by 2^16, the gradient back again before it is clipped; an infinite one halves the scale."""
+    def scaled(steps, spoiled=False, checkpoint=None):
+        accelerator = Accelerator(mixed_precision="no")
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 16)
+        network, encoder = parts()
+        seen = []
+        if spoiled:
+            network.conv_in.weight.register_hook(lambda gradient: gradient * (seen.append(1) or (float("inf") if len(seen) == 3 else 1)))
+        walk = train(network, DIFFUSION, batches(Bright(), 5), encoder, steps=steps, learning_rate=1e-3, warmup=2, decay=0,
+                     checkpoint=checkpoint, accelerator=accelerator)
+        return list(walk)[-1], network, accelerator.scaler
+    plain = list(run(steps=6, decay=0))[-1]
+    expected = torch.nn.utils.parameters_to_vector(plain.network.parameters())
+    last, _, scaler = scaled(6)
+    assert torch.allclose(expected, torch.nn.utils.parameters_to_vector(last.network.parameters()), atol=1e-5)
+    assert last.skipped == 0 and scaler.get_scale() == 2.0 ** 16 and last.gradient_norm == pytest.approx(plain.gradient_norm, rel=1e-3)
+    last, network, scaler = scaled(6, spoiled=True, checkpoint=tmp_path / "kept")
+    assert last.skipped == 1 and finite(network) and scaler.get_scale() == 2.0 ** 15
+    assert scaled(8, checkpoint=tmp_path / "kept")[2].get_scale() == 2.0 ** 15                              # it goes on with that
 
 
 def test_a_spike_is_skipped():

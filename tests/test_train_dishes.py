@@ -8,11 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.dishes import draw
+from datasets.dish_shapes import INGREDIENTS
+from datasets.dishes import WAYS, draw
 from datasets.latents_lmdb import encode_store
 from datasets.lmdb_store import append
-from easy_diffusion.checkpoint import load
+from easy_diffusion.checkpoint import load, save
+from easy_diffusion.metrics import Reader
 from easy_diffusion.train_dishes import main, parsed
+from easy_diffusion.unet import UNet
 from easy_diffusion.watch import rows
 
 ROOT = Path(__file__).parents[1]
@@ -72,9 +75,38 @@ def test_photographs_a_store_and_latents_are_told_apart(tmp_path):
 
 
 def test_the_largest_batch_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("easy_diffusion.train_dishes.largest_batch", lambda step: [step(2), 8][1])
-    assert main([*SMALL, "--batch-size", "auto", "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--steps", "1",
-                 "--look-minutes", "0"]) == 0
+    """A network in a memory for four pictures: in two pieces eight fit, in as many as it takes twice as many would."""
+    forward = UNet.forward
+
+    def narrow(self, x_t, *others):
+        if len(x_t) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, x_t, *others)
+    monkeypatch.setattr(UNet, "forward", narrow)
+    arguments = [*SMALL, "--batch-size", "auto", "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--look-minutes", "0"]
+    assert main([*arguments, "--pieces", "2", "--steps", "1"]) == 0
+    assert load(tmp_path / "model.safetensors")["pictures"] == 8
+    assert main([*arguments, "--pieces", "4", "--steps", "2"]) == 0         # it goes on with as many
+    kept = load(tmp_path / "model.safetensors")
+    assert kept["pictures"] == 8 and kept["index"] == 2
+    with pytest.raises(ValueError, match="with 8 pictures a step, not 4"):
+        main([*arguments, "--batch-size", "4", "--steps", "3"])
+
+
+def test_long_captions_are_read(tmp_path):
+    for _ in append(tmp_path / "store", [(torch.from_numpy(draw("番茄汤", 32, i)), "long " * 20) for i in range(8)]):
+        pass
+    assert main([*SMALL, "--data", str(tmp_path / "store"), "--out", str(tmp_path / "out"), "--steps", "1", "--look-minutes", "0"]) == 0
+
+
+def test_a_reader_of_dishes_says_at_once_that_it_does_not_know_other_names(tmp_path):
+    for _ in append(tmp_path / "store", [(torch.from_numpy(draw("番茄汤", 32, i)), "a cat") for i in range(8)]):
+        pass
+    save(tmp_path / "reader", Reader(INGREDIENTS, WAYS).state_dict())
+    with pytest.raises(ValueError, match="a cat"):
+        main([*SMALL, "--data", str(tmp_path / "store"), "--out", str(tmp_path / "out"), "--steps", "1",
+              "--reader", str(tmp_path / "reader")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_can_be_launched_as_two_processes(tmp_path):

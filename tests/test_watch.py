@@ -2,11 +2,12 @@ import csv
 import sys
 import types
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from easy_diffusion.watch import rows, watched
+from easy_diffusion.watch import Table, rows, watched
 
 
 class Step(NamedTuple):
@@ -76,6 +77,21 @@ def test_a_full_disk_stops_nothing(tmp_path, monkeypatch, capsys):
     assert len(list(watched(steps(), tmp_path / "log.csv", every=10))) == 30
     said = capsys.readouterr()
     assert "step 10 could not be written down, and the training goes on" in said.out + said.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+def test_a_log_that_cannot_be_closed_stops_nothing_either(tmp_path, monkeypatch, capsys):
+    real = Table.__init__
+
+    def full(self, *arguments):
+        real(self, *arguments)
+        self.file.close()
+        self.file = open("/dev/full", "w")
+        self.writer.writer = csv.writer(self.file)
+    monkeypatch.setattr("easy_diffusion.watch.Table.__init__", full)
+    assert len(list(watched(steps(), tmp_path / "log.csv", every=10))) == 30
+    said = capsys.readouterr()
+    assert "step 10 could not be written down" in said.out + said.err and "the end of the log could not be written" in said.out + said.err
 
 
 def test_tensorboard_gets_the_same_numbers_and_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
