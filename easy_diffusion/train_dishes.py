@@ -7,7 +7,11 @@ options it is, for pictures, the demo's. Several GPUs, machines, or processes of
     accelerate launch --multi_gpu -m easy_diffusion.train_dishes --batch-size 32
     torchrun --standalone --nproc_per_node 2 -m easy_diffusion.train_dishes           # without a GPU
 
-Each process then takes --batch-size pictures a step. Into --out it writes
+Each process then takes --batch-size pictures a step. Any UNet can be had: that of this project's first version, which has 93 M weights, is
+
+    --channels 128 128 128 256 256 512 512 --attention 2 3 4 --blocks 1 --heads 4 --words 768 --no-pooled --patch 1 --size 128
+
+Into --out the command writes
 
     model.safetensors      all that the run must remember: killed, it goes on; .1, .2 are those before, .best that of the lowest loss
     log.csv                the loss (and that of each quarter of the schedule), the rates, the speed; pandas reads it
@@ -70,8 +74,8 @@ def parsed(arguments=None) -> argparse.Namespace:
     def add(name, kind, default, help, **more):
         parser.add_argument(name, type=kind, default=default, help=help, **more)
 
-    def flag(name, help):
-        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=help)
+    def flag(name, help, default=False):
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
 
     add("--data", Path, None, "a folder of photographs, a store, or a store of latents; without it dishes are drawn")
     add("--autoencoder", Path, None, "of latents: the file that encoded them, to decode what is drawn")
@@ -86,10 +90,14 @@ def parsed(arguments=None) -> argparse.Namespace:
     add("--heads", int, 2, "of attention")
     add("--patch", int, 0, "side of the squares of pixels that the network takes as one place; 0: 4 for pictures, 1 for latents")
     add("--words", int, 128, "dimension of the encoder that learns")
+    add("--dropout", float, 0.0, "share of the numbers inside a residual block that are left out in training")
+    flag("--pooled", "the mean of the words joins the time", default=True)
     flag("--checkpointing", "compute blocks a second time instead of keeping what they saw: a quarter of the memory, a fifth more time")
 
     add("--schedule", str, "cosine", "of the noise", choices=("cosine", "linear", "quad", "jsd", "sigmoid"))
     add("--predicts", str, "x0", "what the network is asked for", choices=("x0", "v", "noise"))
+    add("--variance", str, "fixed_small", "of a step back; learned_range: the network answers with it, too, and learns it from the bound",
+        choices=("fixed_small", "fixed_large", "learned_range"))
     add("--weight", str, "velocity", "of the loss at each timestep", choices=tuple(WEIGHTS))
     add("--timesteps", str, "logit-normal", "how they are drawn in training", choices=tuple(TIMESTEPS))
     add("--caption-dropout", float, 0.1, "share of captions that become empty")
@@ -179,11 +187,12 @@ def encoder_of(options, captions, accelerator):
 def parts(options, shape, encoder):
     """Network and diffusion for pictures, or latents, of this shape [C, H, W]."""
     levels = range(len(options.channels))
-    network = UNet(shape[0], shape[0], channels=tuple(options.channels), attention=tuple(level in options.attention for level in levels),
+    answers = shape[0] * (2 if options.variance == "learned_range" else 1)
+    network = UNet(shape[0], answers, channels=tuple(options.channels), attention=tuple(level in options.attention for level in levels),
                    blocks=options.blocks, heads=options.heads, patch=options.patch or (4 if shape[0] == 3 else 1),
-                   context_dim=encoder.dim, pooled=True, checkpointing=options.checkpointing)
+                   context_dim=encoder.dim, pooled=options.pooled, dropout=options.dropout, checkpointing=options.checkpointing)
     schedule = getattr(NoiseSchedule, options.schedule)(1000)
-    return network, GaussianDiffusion(schedule, options.predicts, loss_weight=WEIGHTS[options.weight])
+    return network, GaussianDiffusion(schedule, options.predicts, options.variance, WEIGHTS[options.weight])
 
 
 def looking(options, diffusion, names, size, autoencoder):

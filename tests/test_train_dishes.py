@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from datasets.dish_shapes import INGREDIENTS
 from datasets.dishes import WAYS, draw
 from datasets.latents_lmdb import encode_store
 from datasets.lmdb_store import append
+from easy_diffusion import recipe
 from easy_diffusion.checkpoint import load, save
 from easy_diffusion.metrics import Reader
-from easy_diffusion.train_dishes import main, parsed
+from easy_diffusion.train_dishes import main, parsed, parts
 from easy_diffusion.unet import UNet
 from easy_diffusion.watch import rows
 
@@ -51,6 +53,22 @@ def test_drawn_dishes_with_a_table_and_samples_and_it_goes_on(tmp_path, capsys):
     assert [row["index"] for row in table] == ["0", "1", "2", "3", "4"] and all(float(row["loss"]) > 0 for row in table)
     assert load(tmp_path / "model.safetensors")["index"] == 5
     assert "24 pictures [3, 32, 32]" in capsys.readouterr().out
+
+
+def test_a_network_that_learns_its_variance(tmp_path):
+    assert main([*SMALL, "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--minutes", "0", "--steps", "2", "--variance",
+                 "learned_range", "--no-pooled", "--dropout", "0.1"]) == 0
+    kept = load(tmp_path / "model.safetensors")["models"]
+    assert len(kept["network.conv_out.bias"]) == 2 * 3 * 4 ** 2 and "network.pool.weight" not in kept
+
+
+def test_the_networks_of_the_house_can_be_asked_for():
+    first = "--channels 128 128 128 256 256 512 512 --attention 2 3 4 --blocks 1 --heads 4 --words 768 --no-pooled --patch 1"
+    assert first in (ROOT / "easy_diffusion" / "train_dishes.py").read_text()
+    network, _ = parts(parsed(first.split()), (3, 128, 128), types.SimpleNamespace(dim=768))
+    assert str(network) == str(UNet.easy_diffusion_2023())
+    demo, _ = parts(parsed([]), (3, 64, 64), types.SimpleNamespace(dim=128))
+    assert str(demo) == str(recipe.build("番茄")[0])
 
 
 def test_photographs_a_store_and_latents_are_told_apart(tmp_path):
