@@ -47,7 +47,7 @@ from datasets.latents_lmdb import LatentLmdb
 from . import checkpoint as files
 from . import recipe
 from .animate import contact_sheet, write_png
-from .batches import batches
+from .batches import batches, chance
 from .diffusion import GaussianDiffusion, ImportanceTimesteps, logit_normal_timesteps, min_snr_weight, velocity_weight
 from .guard import in_one_go, largest_batch
 from .latent import fingerprint, load_autoencoder
@@ -245,8 +245,8 @@ def main(arguments=None) -> int:
     torch.manual_seed(options.seed)
     encoder = encoder_of(options, captions, accelerator)
     if options.batch_size == "auto":
-        options.batch_size = fitting_batch(options, data, captions, encoder, accelerator)
-    torch.manual_seed(options.seed + 1)                                     # the same weights, whatever the line above has drawn
+        with chance(options.seed):                                          # afterwards the weights are drawn as if nothing had been tried
+            options.batch_size = fitting_batch(options, data, captions, encoder, accelerator)
     shape = tuple(data[0][0].shape)
     network, diffusion = parts(options, shape, encoder)
     loader = batches(data, options.batch_size, None if options.workers < 0 else options.workers, seed=options.seed)
