@@ -69,6 +69,12 @@ def follow(average, models, index: int, ema: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), [weight.detach() for weight in models.parameters()], share)
 
 
+def shorten(weights, norm: float, clip: float) -> None:
+    """Gradients of the length `norm` all together become `clip` long, if they are longer; most are not, and then nothing is touched."""
+    if norm > clip:
+        torch.nn.utils.clip_grads_with_norm_(weights, clip, torch.tensor(norm))
+
+
 class Clock:
     """How far a run is, in steps and in seconds. What the caller does between two steps is no training time; what was before a break is."""
 

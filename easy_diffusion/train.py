@@ -206,12 +206,12 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         optimizers = adaptive if phase == "adamw" else settling
         for optimizer, _ in optimizers if scaler is not None else ():
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(weights, clip)
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         loss, norm, seconds = run.in_common(accelerator, (each * weight).mean(), norm, clock.now())
         run.set_rates(adaptive, clock.factor(warmup, decay) * guard.lower)
         run.set_rates(settling, guard.lower)
-        rate = optimizers[0][0].param_groups[0]["lr"]
         if not (wrong := guard.wrong_with(loss, norm, losses)):
+            run.shorten(weights, norm, clip)
             for optimizer, _ in optimizers:
                 optimizer.step() if scaler is None else scaler.step(optimizer)
             run.follow(average, models, index, ema)
@@ -239,8 +239,8 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         if not guard.ill and clock.time_to_save():
             note = run.tell(accelerator, save()) or note
         with clock.stopped():                                               # the caller's time is not training time
-            yield TrainingStep(index, loss, smooth, rate, taken, clock.pictures_per_second, clock.seconds, clock.progress,
-                               *(average[name] if name in average else None for name in ("network", "encoder")),
+            yield TrainingStep(index, loss, smooth, optimizers[0][0].param_groups[0]["lr"], taken, clock.pictures_per_second, clock.seconds,
+                               clock.progress, *(average[name] if name in average else None for name in ("network", "encoder")),
                                quartiles, norm, guard.skipped, note)
     if not losses:
         raise FloatingPointError(run.why(guard, learning_rate, checkpoint))
