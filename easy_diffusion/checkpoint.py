@@ -33,8 +33,9 @@ from safetensors.torch import save_file
 HEADER = "easy_diffusion"
 
 
-def save(path, tree, keep: int = 1) -> None:
-    """Write a tree of tensors and plain values; `keep` files stay: this one, and those before it as path.1, path.2, …
+def save(path, tree, keep: int = 1, best: bool = False) -> None:
+    """Write a tree of tensors and plain values; `keep` files stay: this one, and those before it as path.1, path.2, …; best: this one also
+    as path.best, which is there first: a run killed in between goes on from the one before, and comes to this one again.
 
     Raises TypeError for a leaf of another kind, naming its place; OSError where the disk is full, and then nothing has changed."""
     tensors = {}
@@ -44,6 +45,8 @@ def save(path, tree, keep: int = 1) -> None:
             save_file(tensors, beside, metadata={HEADER: json.dumps(skeleton, ensure_ascii=False)})
         except SafetensorError as error:                                    # its name for what the system would not write
             raise OSError(f"{path} could not be written: {error}") from error
+        if best:
+            name_too(beside, f"{path}.best")
         if keep > 1 and whole(path):                                        # a damaged one would take a good one's place
             for i in range(keep - 1, 1, -1):
                 if Path(f"{path}.{i - 1}").exists():

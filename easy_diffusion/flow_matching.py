@@ -43,6 +43,11 @@ class RectifiedFlow:
     def __len__(self) -> int:
         return 1000
 
+    @property
+    def schedule(self) -> "RectifiedFlow":
+        """A flow is its own schedule."""
+        return self
+
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """1 - t and t, each [B, 1, 1, ...]; so a flow takes a schedule's place in `clipped` and `guided`. ValueError for whole t."""
         if not t.is_floating_point():

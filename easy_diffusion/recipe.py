@@ -26,6 +26,7 @@ from .animate import contact_sheet, write_png
 from .autoencoder import Autoencoder
 from .batches import batches
 from .diffusion import GaussianDiffusion, logit_normal_timesteps, velocity_weight
+from .flow_matching import euler
 from .inpaint import painter
 from .latent import decoded, encoder_of, fingerprint, latent_painter, load_autoencoder, save_autoencoder
 from .metrics import psnr, ssim
@@ -165,11 +166,12 @@ def guided_denoiser(network, encoder, diffusion, names: list[str], guidance: flo
 
 def sample(network, encoder, diffusion, names: list[str], size: int = SIZE, steps: int = 25, guidance: float = 2.0, seed: int = 0,
            bar: bool = False, autoencoder: Autoencoder | None = None) -> np.ndarray:
-    """One picture for each name by DDIM, uint8 [B, size, size, 3]."""
+    """One picture for each name by DDIM, or by Euler's steps if the network has learned a flow, uint8 [B, size, size, 3]."""
     channels, factor = (3, 1) if autoencoder is None else (autoencoder.settings["latent_channels"], autoencoder.factor)
     denoise = guided_denoiser(network, encoder, diffusion, names, guidance, clip=autoencoder is None)
-    walk = ddim(denoise, diffusion.schedule, (len(names), channels, size // factor, size // factor), steps,
-                generator=torch.Generator().manual_seed(seed), device=next(network.parameters()).device)
+    how = dict(shape=(len(names), channels, size // factor, size // factor), steps=steps,
+               generator=torch.Generator().manual_seed(seed), device=next(network.parameters()).device)
+    walk = euler(denoise, **how) if diffusion.predicts == "velocity" else ddim(denoise, diffusion.schedule, **how)
     *_, last = tqdm(walk, total=steps, desc=f"sampling {len(names)} dishes", unit="step", disable=not bar)
     return to_pictures(last.x) if autoencoder is None else decoded(autoencoder, last.x)
 

@@ -142,9 +142,7 @@ def save(path, tree, keep: int = 1, best: bool = False) -> str:
     """A checkpoint; "" or, if the disk would not take it, a sentence that says so: what was there before is still there. Where nothing
     could ever be written, that is an error (OSError). best: it is the best so far, kept as path.best if any but the newest are."""
     try:
-        files.save(path, tree, keep)
-        if keep > 1 and (best or not Path(f"{path}.best").exists()):
-            files.name_too(path, f"{path}.best")
+        files.save(path, tree, keep, best=keep > 1 and (best or not Path(f"{path}.best").exists()))
         return ""
     except OSError as error:
         if not Path(path).exists():

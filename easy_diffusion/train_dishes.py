@@ -15,6 +15,7 @@ Into --out the command writes
 
     model.safetensors      all that the run must remember: killed, it goes on; .1, .2 are those before, .best that of the lowest loss
     log.csv                the loss (and that of each quarter of the schedule), the rates, the speed; pandas reads it
+    log.png                its curves, with a line where SGD took over
     samples.png            what the network draws of names it was trained on and, of drawn dishes, of names it was not
     board/                 for TensorBoard, with --tensorboard
 
@@ -49,11 +50,13 @@ from . import recipe
 from .animate import contact_sheet, write_png
 from .batches import batches, chance
 from .diffusion import GaussianDiffusion, ImportanceTimesteps, logit_normal_timesteps, min_snr_weight, velocity_weight
+from .flow_matching import RectifiedFlow, logit_normal_time
 from .guard import in_one_go, largest_batch
 from .latent import fingerprint, load_autoencoder
 from .metrics import Reader, share
 from .run import anywhere, fast_precision
 from .schedule import NoiseSchedule
+from .score_sde import uniform_time
 from .text import CharacterEncoder, CnClipEncoder
 from .train import train, uniform_timesteps
 from .unet import UNet
@@ -61,6 +64,7 @@ from .watch import watched
 
 TIMESTEPS = {"logit-normal": lambda steps: logit_normal_timesteps, "uniform": lambda steps: uniform_timesteps,
              "importance": ImportanceTimesteps}
+TIMES_OF_A_FLOW = {"logit-normal": logit_normal_time, "uniform": uniform_time}
 WEIGHTS = {"velocity": velocity_weight, "min-snr": min_snr_weight, "none": None}
 
 
@@ -95,7 +99,8 @@ def parsed(arguments=None) -> argparse.Namespace:
     flag("--checkpointing", "compute blocks a second time instead of keeping what they saw: a quarter of the memory, a fifth more time")
 
     add("--schedule", str, "cosine", "of the noise", choices=("cosine", "linear", "quad", "jsd", "sigmoid"))
-    add("--predicts", str, "x0", "what the network is asked for", choices=("x0", "v", "noise"))
+    add("--predicts", str, "x0", "what the network is asked for; velocity: rectified flow's, which has no schedule, variance or weight",
+        choices=("x0", "v", "noise", "velocity"))
     add("--variance", str, "fixed_small", "of a step back; learned_range: the network answers with it, too, and learns it from the bound",
         choices=("fixed_small", "fixed_large", "learned_range"))
     add("--weight", str, "velocity", "of the loss at each timestep", choices=tuple(WEIGHTS))
@@ -139,6 +144,8 @@ def parsed(arguments=None) -> argparse.Namespace:
             parser.error("--tensorboard needs the library: pip install tensorboard; log.csv has the same numbers without it")
     if options.batch_size != "auto" and options.batch_size < 1:
         parser.error(f"--batch-size is 1 or more, or auto, not {options.batch_size}")
+    if options.predicts == "velocity" and (options.timesteps == "importance" or options.variance == "learned_range"):
+        parser.error("--predicts velocity has no --timesteps importance and no --variance learned_range")
     if options.cn_clip and not options.data:
         parser.error("--cn-clip keeps its states in a store: give one with --data")
     return options
@@ -185,14 +192,17 @@ def encoder_of(options, captions, accelerator):
 
 
 def parts(options, shape, encoder):
-    """Network and diffusion for pictures, or latents, of this shape [C, H, W]."""
+    """Network, diffusion and timesteps to train at, for pictures, or latents, of this shape [C, H, W]."""
     levels = range(len(options.channels))
     answers = shape[0] * (2 if options.variance == "learned_range" else 1)
     network = UNet(shape[0], answers, channels=tuple(options.channels), attention=tuple(level in options.attention for level in levels),
                    blocks=options.blocks, heads=options.heads, patch=options.patch or (4 if shape[0] == 3 else 1),
                    context_dim=encoder.dim, pooled=options.pooled, dropout=options.dropout, checkpointing=options.checkpointing)
+    if options.predicts == "velocity":
+        return network, RectifiedFlow(), TIMES_OF_A_FLOW[options.timesteps]
     schedule = getattr(NoiseSchedule, options.schedule)(1000)
-    return network, GaussianDiffusion(schedule, options.predicts, options.variance, WEIGHTS[options.weight])
+    diffusion = GaussianDiffusion(schedule, options.predicts, options.variance, WEIGHTS[options.weight])
+    return network, diffusion, TIMESTEPS[options.timesteps](len(diffusion))
 
 
 def looking(options, diffusion, names, size, autoencoder):
@@ -228,9 +238,10 @@ def fitting_batch(options, data, captions, encoder, accelerator) -> int:
 
     def step(count):
         encoder_here = copy.deepcopy(encoder)
-        network, diffusion = parts(options, pictures.shape, encoder_here)
+        network, diffusion, timesteps = parts(options, pictures.shape, encoder_here)
         in_one_go(train(network, diffusion, [(pictures.expand(count, *pictures.shape), [longest] * count)], encoder_here, steps=2,
-                        pieces=options.pieces, muon_learning_rate=options.muon_learning_rate or None, accelerator=accelerator))
+                        timesteps=timesteps, pieces=options.pieces, muon_learning_rate=options.muon_learning_rate or None,
+                        accelerator=accelerator))
 
     fits = largest_batch(step, agreed=lambda true: not anywhere(accelerator, not true))
     return min(fits, 2 ** ((len(data) // accelerator.num_processes).bit_length() - 1))
@@ -248,7 +259,7 @@ def main(arguments=None) -> int:
         with chance(options.seed):                                          # afterwards the weights are drawn as if nothing had been tried
             options.batch_size = fitting_batch(options, data, captions, encoder, accelerator)
     shape = tuple(data[0][0].shape)
-    network, diffusion = parts(options, shape, encoder)
+    network, diffusion, timesteps = parts(options, shape, encoder)
     loader = batches(data, options.batch_size, None if options.workers < 0 else options.workers, seed=options.seed)
     weights = sum(weight.numel() for weight in network.parameters())
     accelerator.print(f"{len(data)} pictures {list(shape)}, {len(captions)} captions; {weights / 1e6:.1f} M weights; "
@@ -257,7 +268,7 @@ def main(arguments=None) -> int:
                   learning_rate=options.learning_rate, muon_learning_rate=options.muon_learning_rate or None, window=options.window,
                   sgd_learning_rate=options.sgd_learning_rate, phase=options.phase, warmup=options.warmup, decay=options.decay,
                   weight_decay=options.weight_decay, ema=options.ema, caption_dropout=options.caption_dropout, clip=options.clip,
-                  timesteps=TIMESTEPS[options.timesteps](len(diffusion)), compile=options.compile, patience=options.patience,
+                  timesteps=timesteps, compile=options.compile, patience=options.patience,
                   spike=options.spike, seed=options.seed, checkpoint=options.out / "model.safetensors", keep=options.keep,
                   save_seconds=options.save_seconds, accelerator=accelerator)
     if accelerator.is_main_process:

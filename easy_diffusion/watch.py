@@ -3,9 +3,10 @@
     for step in watched(train(...), csv="out/run.csv", every=10): ...
 
 A bar shows the loss, pictures a second and the time that is left; sentences of the run stand above it. The CSV has a row every `every`
-steps, whose columns are the steps' numbers and whatever `look`, called now and then, returns; pandas reads it. A run that was killed and
-goes on takes out the rows after its checkpoint, and half rows, before it writes on: each step stands there once. With `tensorboard` the
-same numbers go to TensorBoard, too. The file needs tqdm and, for TensorBoard, torch and tensorboard.
+steps, whose columns are the steps' numbers and whatever `look`, called now and then, returns; pandas reads it, and beside it lies a PNG of
+its curves. A run that was killed and goes on takes out the rows after its checkpoint, and half rows, before it writes on: each step stands
+there once. With `tensorboard` the same numbers go to TensorBoard, too. The file needs tqdm and matplotlib and, for TensorBoard, torch and
+tensorboard.
 
 >>> import tempfile, os
 >>> from collections import namedtuple
@@ -26,7 +27,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
+
+CURVES = {"loss": {"smooth_loss": "all", "quartile_1": "least noise", "quartile_2": "less noise", "quartile_3": "more noise",
+                   "quartile_4": "most noise"},
+          "learning rate": {"learning_rate": ""}, "fidelity": {"fidelity": ""}}
 
 
 def numbers_of(step) -> dict:
@@ -71,6 +77,33 @@ class Table:
         self.file.flush()
 
 
+def curves(path) -> Figure:
+    """A CSV's numbers over the steps, as far as it has them: the smoothed loss, all of it and that of each quarter of the schedule, the
+    learning rate, the fidelity. Where one phase followed upon another there is a line."""
+    table = rows(path)
+    names = [name for name in CURVES if any(row.get(column) for row in table for column in CURVES[name])]
+    figure = Figure(figsize=(8, 1 + 2.5 * len(names)), layout="tight")
+    for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0] if names else (), names):
+        for column, label in CURVES[name].items():
+            points = [(int(row["index"]), float(row[column])) for row in table if row.get(column)]
+            if points:
+                axes.plot(*zip(*points), "." if len(points) == 1 else "-", label=label)
+        for before, row in zip(table, table[1:]):
+            if before.get("phase") != row.get("phase"):
+                axes.axvline(int(row["index"]), color="grey", linestyle=":", label=row["phase"])
+        axes.set(xlabel="step", ylabel=name, yscale="linear" if name == "fidelity" else "log")
+        if name == "loss":
+            axes.legend()
+    return figure
+
+
+def draw(path) -> None:
+    """The curves of path.csv, written as path.png beside it and renamed."""
+    beside = Path(path).with_suffix(".png.writing")
+    curves(path).savefig(beside, format="png", dpi=100)
+    beside.replace(Path(path).with_suffix(".png"))
+
+
 def tensorboard_writer(folder):
     """TensorBoard's writer into a folder. Raises ModuleNotFoundError, saying what to install, where the library is missing."""
     try:
@@ -101,8 +134,8 @@ def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: 
     and pictures_per_second, such as train's and train_autoencoder's.
 
     csv, tensorboard: a file and a folder, None for none. look: step → {name: number}, called every look_minutes minutes of training and at
-    the end, to draw samples or to measure; looks: the names that it may return. Where the disk is full a sentence says so, and the training
-    goes on without what could not be written.
+    the end, to draw samples or to measure; looks: the names that it may return. As often the CSV's curves are drawn. Where the disk is full
+    a sentence says so, and the training goes on without what could not be written.
     """
     board, log, looked, told, steps = tensorboard_writer(tensorboard) if tensorboard else None, None, None, set(), iter(steps)
     shape = "{desc} {percentage:3.0f}%|{bar}| {postfix}"
@@ -125,11 +158,11 @@ def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: 
                                  refresh=False)
             line.update(100 * step.progress - line.n)
             try:
-                due = look is not None and (last or step.seconds > looked + 60 * look_minutes)
+                due = last or step.seconds > looked + 60 * look_minutes
                 if due:
                     looked = step.seconds
-                    row |= look(step)
-                if step.index % every == 0 or last or due or row.get("note"):
+                    row |= look(step) if look is not None else {}
+                if step.index % every == 0 or last or row.get("note") or (due and look is not None):
                     if csv is not None:
                         if log is None:
                             log = Table(csv, row, looks)
@@ -138,6 +171,8 @@ def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: 
                     for name, value in row.items() if board is not None else ():
                         if isinstance(value, (int, float)):
                             board.add_scalar(name, value, step.index)
+                if due and log is not None:
+                    draw(csv)
             except OSError as error:
                 line.write(f"step {step.index} could not be written down, and the training goes on: {error}")
             yield step

@@ -92,6 +92,22 @@ def test_the_last_ones_stay_and_take_each_others_place(tmp_path):
     assert load(tmp_path / "a.best") == {"step": 4} and load(tmp_path / "a") == {"step": 5}
 
 
+def test_the_best_is_there_before_the_newest(tmp_path, monkeypatch):
+    """A run that is killed between the two does that step again; it never remembers a best one that is not kept."""
+    save(tmp_path / "c", {"step": 1}, keep=2, best=True)
+    assert load(tmp_path / "c.best") == load(tmp_path / "c") == {"step": 1}
+    replace = os.replace
+
+    def killed(source, target):
+        if target == tmp_path / "c":
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "c", {"step": 2}, keep=2, best=True)
+    assert load(tmp_path / "c") == {"step": 1} and load(tmp_path / "c.best") == {"step": 2}
+
+
 def test_a_checkpoint_cut_in_half_gives_way_to_the_one_before_and_does_not_push_it_out(tmp_path):
     for step in range(3):
         save(tmp_path / "a", {"step": step, "weights": torch.zeros(1000)}, keep=3)

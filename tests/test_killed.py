@@ -61,9 +61,18 @@ class Tiny(torch.nn.Module):
         return self.last(self.dropout(h) * (1 + t / 100)[:, None, None, None])
 
 
-def run(checkpoint, steps, batch, workers=0, dice=True, dropout=0.2, caption_dropout=0.1, muon=3e-3, save_seconds=0.0):
+class Tight(Tiny):
+    """One that finds memory for two pictures only, in the second process."""
+
+    def forward(self, x_t, t, context, mask):
+        if len(x_t) > 2 and os.environ.get("RANK") == "1":
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(x_t, t, context, mask)
+
+
+def run(checkpoint, steps, batch, workers=0, dice=True, dropout=0.2, caption_dropout=0.1, muon=3e-3, save_seconds=0.0, kind=Tiny):
     torch.manual_seed(0)
-    network, encoder = Tiny(dropout), Words()
+    network, encoder = kind(dropout), Words()
     diffusion = GaussianDiffusion(NoiseSchedule.cosine(100), predicts="v")
     yield from ((step, encoder) for step in train(
         network, diffusion, batches(Crops(dice), batch, workers), encoder, steps=steps, checkpoint=checkpoint, save_seconds=save_seconds,
@@ -177,3 +186,14 @@ def test_two_processes_learn_what_one_learns_with_the_double_batch_and_see_each_
         seen = [captions[16 * epoch:16 * (epoch + 1)] for captions in two]
         assert sorted(map(int, seen[0] + seen[1])) == list(range(32))
     assert sorted(one[:32]) == sorted(map(str, range(32)))
+
+
+def test_where_one_of_two_processes_runs_out_of_memory_both_take_their_batch_in_pieces(tmp_path):
+    options = dict(processes=2, steps=12, batch=4, dropout=0.0, muon=None)
+    finish(tmp_path / "log", checkpoint=tmp_path / "roomy", **options)
+    assert killed(tmp_path / "log", 3, random.Random(0), checkpoint=tmp_path / "tight", kind=Tight, **options)
+    finish(tmp_path / "log", checkpoint=tmp_path / "tight", kind=Tight, **options)                        # and remember it
+    saved = load(tmp_path / "tight")
+    assert saved["pieces"] == 2 and saved["halved"] and not load(tmp_path / "roomy")["halved"]
+    a, b = weights(tmp_path / "roomy"), weights(tmp_path / "tight")
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5

@@ -386,6 +386,26 @@ def test_out_of_memory_is_met_once_by_pieces_half_as_large(tmp_path):
         list(tight(most=1))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_network_trains_alike_and_goes_on_from_its_checkpoint_even_uncompiled(tmp_path, monkeypatch):
+    """Traced forwards and backwards, but without the C++ compiler that the default backend wants."""
+    compiler, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(1) or compiler(network, backend="aot_eager"))
+    *_, plain = run()
+    *_, whole = run(compile=True)
+    for broken in run(tmp_path / "c", compile=True, save_seconds=0):
+        if broken.index == 6:
+            break
+    (tmp_path / "d").write_bytes((tmp_path / "c").read_bytes())
+    *_, resumed = run(tmp_path / "c", compile=True)
+    *_, uncompiled = run(tmp_path / "d")
+    assert len(compiled) == 3
+    for a, b, c, d in zip(*(step.network.parameters() for step in (whole, resumed, plain, uncompiled))):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a, d, rtol=0, atol=1e-5)
+
+
 def test_chance_of_a_step_is_its_own_whatever_the_caller_draws():
     """The generators of the caller have no say in a run, nor a run in them; timesteps of numpy's and Python's go on, too."""
     def by_numpy(batch, steps, generator):

@@ -33,7 +33,8 @@ def test_help_tells_every_option_and_its_default(capsys):
     assert len(options) > 40 and text.count("(default: ") == len(options)
 
 
-@pytest.mark.parametrize("wrong", [["--batch-size", "0"], ["--cn-clip", "x"], ["--predicts", "nothing"], ["--tensorboard"]])
+@pytest.mark.parametrize("wrong", [["--batch-size", "0"], ["--cn-clip", "x"], ["--predicts", "nothing"], ["--tensorboard"],
+                                   ["--predicts", "velocity", "--timesteps", "importance"]])
 def test_wrong_options_are_named(wrong, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(SystemExit) as stop:
@@ -45,7 +46,7 @@ def test_drawn_dishes_with_a_table_and_samples_and_it_goes_on(tmp_path, capsys):
     arguments = [*SMALL, "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--minutes", "0", "--every", "1", "--save-seconds", "0"]
     assert main([*arguments, "--steps", "3"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"dishes_32", "model.safetensors", "model.safetensors.1", "model.safetensors.2",
-                                                          "model.safetensors.best", "log.csv", "samples.png"}
+                                                          "model.safetensors.best", "log.csv", "log.png", "samples.png"}
     with Image.open(tmp_path / "samples.png") as sheet:
         assert sheet.size[0] > 6 * 32
     assert main([*arguments, "--steps", "5"]) == 0
@@ -62,12 +63,20 @@ def test_a_network_that_learns_its_variance(tmp_path):
     assert len(kept["network.conv_out.bias"]) == 2 * 3 * 4 ** 2 and "network.pool.weight" not in kept
 
 
+def test_a_flow(tmp_path):
+    arguments = [*SMALL, "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--minutes", "0", "--predicts", "velocity"]
+    assert main([*arguments, "--steps", "2"]) == 0
+    assert load(tmp_path / "model.safetensors")["predicts"] == "velocity" and (tmp_path / "samples.png").exists()
+    with pytest.raises(ValueError, match="to predict velocity, not x0"):
+        main([*arguments[:-2], "--steps", "3"])
+
+
 def test_the_networks_of_the_house_can_be_asked_for():
     first = "--channels 128 128 128 256 256 512 512 --attention 2 3 4 --blocks 1 --heads 4 --words 768 --no-pooled --patch 1"
     assert first in (ROOT / "easy_diffusion" / "train_dishes.py").read_text()
-    network, _ = parts(parsed(first.split()), (3, 128, 128), types.SimpleNamespace(dim=768))
+    network, *_ = parts(parsed(first.split()), (3, 128, 128), types.SimpleNamespace(dim=768))
     assert str(network) == str(UNet.easy_diffusion_2023())
-    demo, _ = parts(parsed([]), (3, 64, 64), types.SimpleNamespace(dim=128))
+    demo, *_ = parts(parsed([]), (3, 64, 64), types.SimpleNamespace(dim=128))
     assert str(demo) == str(recipe.build("番茄")[0])
 
 

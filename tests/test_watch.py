@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
-from easy_diffusion.watch import Table, rows, watched
+from easy_diffusion.watch import Table, curves, rows, watched
 
 
 class Step(NamedTuple):
@@ -92,6 +93,20 @@ def test_a_log_that_cannot_be_closed_stops_nothing_either(tmp_path, monkeypatch,
     assert len(list(watched(steps(), tmp_path / "log.csv", every=10))) == 30
     said = capsys.readouterr()
     assert "step 10 could not be written down" in said.out + said.err and "the end of the log could not be written" in said.out + said.err
+
+
+def test_the_curves_are_drawn_beside_the_table_with_a_line_where_sgd_took_over(tmp_path):
+    (tmp_path / "log.csv").write_text("index,smooth_loss,learning_rate,phase,fidelity,quartile_1\n0,0.5,1e-3,adamw,,nan\n"
+                                      "10,0.4,1e-3,adamw,0.5,0.1\n20,0.3,1e-6,sgd,0.75,0.2\n")
+    loss, rate, fidelity = curves(tmp_path / "log.csv").axes
+    whole, quarter, switch = (line.get_xydata().tolist() for line in loss.lines)
+    assert whole == [[0, 0.5], [10, 0.4], [20, 0.3]] and quarter[1:] == [[10, 0.1], [20, 0.2]] and [x for x, _ in switch] == [20, 20]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["all", "least noise", "sgd"]
+    assert rate.lines[0].get_ydata().tolist() == [1e-3, 1e-3, 1e-6] and fidelity.lines[0].get_xydata().tolist() == [[10, 0.5], [20, 0.75]]
+    list(watched(steps(), tmp_path / "run.csv", every=10, bar=False))
+    with Image.open(tmp_path / "run.png") as picture:
+        assert picture.size == (800, 350)                                   # there is a loss alone
+    assert not list(curves(tmp_path / "none.csv").axes)
 
 
 def test_tensorboard_gets_the_same_numbers_and_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
