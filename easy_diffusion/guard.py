@@ -26,6 +26,7 @@ import copy
 import gc
 import math
 import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -139,7 +140,8 @@ def largest_batch(step: Callable[[int], object], most: int = 1024, agreed: Calla
     A GPU says no; a computer without one begins to swap, so there a step is only tried if, as the steps before have grown, it will take
     less than half of what is free. agreed: this process's answer → the answer of all. Raises MemoryError if not even one picture fits."""
     def peak():
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else 1024 * most            # in bytes there, in KiB elsewhere
 
     fits, before = 0, peak()
     while fits < most:

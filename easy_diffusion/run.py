@@ -132,10 +132,11 @@ def tell(accelerator, sentence: str) -> str:
     return sentence
 
 
-def why(guard, learning_rate: float, checkpoint) -> str:
+def why(guard, optimizers: list[tuple], checkpoint) -> str:
     """Why a run is given up, and what there is to do."""
     kept = f"the last good checkpoint is {checkpoint}" if checkpoint is not None and Path(checkpoint).exists() else "there is no checkpoint"
-    return f"{guard.verdict()}; a lower learning_rate than {learning_rate} may help; {kept}"
+    rates = " and ".join(f"{peak:g}" for _, peak in optimizers)
+    return f"{guard.verdict()}; lower learning rates than {rates} may help; {kept}"
 
 
 def save(path, tree, keep: int = 1, best: bool = False) -> str:

@@ -152,12 +152,13 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         if checkpoint is None or not accelerator.is_main_process:
             return ""
         level = statistics.fmean(losses[-window:]) if losses else math.inf
-        best, lowest = level < lowest, min(level, lowest)
-        return run.save(checkpoint, {
+        told = run.save(checkpoint, {
             "models": models.state_dict(), "average": average.state_dict(), "index": clock.index, "phase": phase, "losses": losses,
             "optimizers": [optimizer.state_dict() for optimizer, _ in adaptive], "seconds": clock.seconds, "progress": clock.progress,
-            "predicts": diffusion.predicts, "smooth": smooth, "quartiles": quartiles, "lowest": lowest, "pieces": pieces, "halved": halved,
-            "pictures": together} | {name: other.state_dict() for name, other in others.items()}, keep, best)
+            "predicts": diffusion.predicts, "smooth": smooth, "quartiles": quartiles, "lowest": min(level, lowest), "pieces": pieces,
+            "halved": halved, "pictures": together} | {name: other.state_dict() for name, other in others.items()}, keep, level < lowest)
+        lowest = lowest if told else min(level, lowest)
+        return told
 
     def learn(pictures, captions):
         """The loss of each picture of a batch, its timestep and its weight, [B] each; the gradient of their mean is left in the weights."""
@@ -180,8 +181,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
         with chance(number_of(seed, clock.index, process)):
             for part in (slice(first, first + size) for first in range(0, count, size)):
                 x0 = pictures[part].to(device, non_blocking=True).float()   # [P, C, H, W]
-                if pictures.dtype == torch.uint8:                           # latents are floats already
-                    x0 = x0 / 127.5 - 1
+                x0 = x0 / 127.5 - 1 if pictures.dtype == torch.uint8 else x0                    # latents are floats already
                 with accelerator.autocast():
                     if encoder is not None:
                         context, mask = encoder(captions[part])             # [P, L, D], [P, L]
@@ -195,12 +195,12 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
     while clock.progress < 1:
         (pictures, captions), index, taken, note = next(data), clock.index, phase, ""
         models.train()
-        found = learn(pictures, captions) if halved else unless_out_of_memory(learn, pictures, captions)
-        if not halved and run.anywhere(accelerator, found is None):
+        while run.anywhere(accelerator, (found := unless_out_of_memory(learn, pictures, captions)) is None):
+            if halved:
+                raise torch.OutOfMemoryError(f"{NO_MEMORY} at step {index} in {pieces} pieces, too: take a smaller batch")
             pieces, halved = 2 * pieces, True
             note = run.tell(accelerator, f"{NO_MEMORY} at step {index}; from here on the {len(pictures)} pictures of a batch go through "
                             f"the network in {pieces} pieces, whose gradients add up")
-            found = learn(pictures, captions)
         each, t, weight = found
         run.average_gradients(accelerator, weights)
         optimizers = adaptive if phase == "adamw" else settling
@@ -228,7 +228,7 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
             if guard.skips(f"{wrong} at step {index}", index):
                 back = guard.rescue(models, average, [optimizer for optimizer, _ in adaptive]) if losses else ""
                 if not back:
-                    raise FloatingPointError(run.why(guard, learning_rate, checkpoint))
+                    raise FloatingPointError(run.why(guard, adaptive, checkpoint))
                 note = f"{note}, the {patience}th in a row: {back}"
             run.tell(accelerator, note)
         if scaler is not None:
@@ -242,8 +242,8 @@ def train(network, diffusion, loader, encoder=None, *, steps: int = 100_000, min
             yield TrainingStep(index, loss, smooth, optimizers[0][0].param_groups[0]["lr"], taken, clock.pictures_per_second, clock.seconds,
                                clock.progress, *(average[name] if name in average else None for name in ("network", "encoder")),
                                quartiles, norm, guard.skipped, note)
-    if not losses:
-        raise FloatingPointError(run.why(guard, learning_rate, checkpoint))
+    if not losses and guard.trouble:
+        raise FloatingPointError(run.why(guard, adaptive, checkpoint))
     if clock.index > began:
         run.tell(accelerator, save())
     accelerator.wait_for_everyone()

@@ -5,17 +5,18 @@ Without --data it draws dishes with Chinese names; --data takes a folder of phot
 options it is, for pictures, the demo's. Several GPUs, machines, or processes of a CPU:
 
     accelerate launch --multi_gpu -m easy_diffusion.train_dishes --batch-size 32
-    torchrun --standalone --nproc_per_node 2 -m easy_diffusion.train_dishes           # without a GPU
+    ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 -m easy_diffusion.train_dishes           # without a GPU
 
 Each process then takes --batch-size pictures a step. Any UNet can be had: that of this project's first version, which has 93 M weights, is
 
     --channels 128 128 128 256 256 512 512 --attention 2 3 4 --blocks 1 --heads 4 --words 768 --no-pooled --patch 1 --size 128
 
-Into --out the command writes
+The same command with --draw and names draws those by what has been learned. Into --out the command writes
 
     model.safetensors      all that the run must remember: killed, it goes on; .1, .2 are those before, .best that of the lowest loss
     log.csv                the loss (and that of each quarter of the schedule), the rates, the speed; pandas reads it
     log.png                its curves, with a line where SGD took over
+    drawn.png              what --draw has drawn
     samples.png            what the network draws of names it was trained on and, of drawn dishes, of names it was not
     board/                 for TensorBoard, with --tensorboard
 
@@ -29,6 +30,7 @@ This file is a roof like demo.py: it imports from everywhere, and nothing import
 import argparse
 import contextlib
 import copy
+import os
 import random
 import sys
 import warnings
@@ -58,7 +60,7 @@ from .run import anywhere, fast_precision
 from .schedule import NoiseSchedule
 from .score_sde import uniform_time
 from .text import CharacterEncoder, CnClipEncoder
-from .train import train, uniform_timesteps
+from .train import stopped_falling, train, uniform_timesteps
 from .unet import UNet
 from .watch import watched
 
@@ -66,6 +68,7 @@ TIMESTEPS = {"logit-normal": lambda steps: logit_normal_timesteps, "uniform": la
              "importance": ImportanceTimesteps}
 TIMES_OF_A_FLOW = {"logit-normal": logit_normal_time, "uniform": uniform_time}
 WEIGHTS = {"velocity": velocity_weight, "min-snr": min_snr_weight, "none": None}
+MINUTES = 2.5 if torch.cuda.is_available() else 10.0
 
 
 def parsed(arguments=None) -> argparse.Namespace:
@@ -73,7 +76,6 @@ def parsed(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m easy_diffusion.train_dishes", description=__doc__.split("\n>>>")[0],
                                      formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter,
                                                                    argparse.RawDescriptionHelpFormatter), {}))
-    gpu = torch.cuda.is_available()
 
     def add(name, kind, default, help, **more):
         parser.add_argument(name, type=kind, default=default, help=help, **more)
@@ -96,18 +98,18 @@ def parsed(arguments=None) -> argparse.Namespace:
     add("--words", int, 128, "dimension of the encoder that learns")
     add("--dropout", float, 0.0, "share of the numbers inside a residual block that are left out in training")
     flag("--pooled", "the mean of the words joins the time", default=True)
-    flag("--checkpointing", "compute blocks a second time instead of keeping what they saw: a quarter of the memory, a fifth more time")
+    flag("--checkpointing", "compute blocks a second time instead of keeping what they saw: two fifths of the memory, a fifth more time")
 
     add("--schedule", str, "cosine", "of the noise", choices=("cosine", "linear", "quad", "jsd", "sigmoid"))
     add("--predicts", str, "x0", "what the network is asked for; velocity: rectified flow's, which has no schedule, variance or weight",
         choices=("x0", "v", "noise", "velocity"))
     add("--variance", str, "fixed_small", "of a step back; learned_range: the network answers with it, too, and learns it from the bound",
         choices=("fixed_small", "fixed_large", "learned_range"))
-    add("--weight", str, "velocity", "of the loss at each timestep", choices=tuple(WEIGHTS))
+    add("--weight", str, "auto", "of the loss at each timestep; auto: velocity, but none for noise", choices=("auto", *WEIGHTS))
     add("--timesteps", str, "logit-normal", "how they are drawn in training", choices=tuple(TIMESTEPS))
     add("--caption-dropout", float, 0.1, "share of captions that become empty")
 
-    add("--minutes", float, 2.5 if gpu else 10.0, "of training; 0 for no limit but --steps")
+    add("--minutes", float, None, f"of training; without it {MINUTES:g}, or, if --steps are given, as many as they take")
     add("--steps", int, 10 ** 7, "of training, at most")
     add("--batch-size", lambda text: text if text == "auto" else int(text), recipe.BATCH, "pictures of a step in each process; auto: as "
         "many as fit into memory, at most 1024")
@@ -115,8 +117,9 @@ def parsed(arguments=None) -> argparse.Namespace:
     add("--workers", int, -1, "processes that read pictures; -1: none on a CPU, four with a GPU")
     add("--learning-rate", float, 2e-3, "of AdamW")
     add("--muon-learning-rate", float, 3e-3, "of Muon, for matrices; 0: AdamW trains them, too, and wants a smaller rate, such as 1e-4")
-    add("--sgd-learning-rate", float, 1e-6, "of SGD, which takes over when the loss has stopped falling")
+    add("--sgd-learning-rate", float, 1e-6, "of SGD")
     add("--phase", str, "adamw", "with what to begin", choices=("adamw", "sgd"))
+    flag("--sgd", "let SGD take over when the loss has stopped falling", default=True)
     add("--window", int, 2000, "steps whose mean loss must be below that of as many before, by a standard error; else it no longer falls")
     add("--warmup", int, 100, "steps over which the rate rises")
     add("--decay", float, 0.5, "share of the run over which the rate falls to zero")
@@ -133,10 +136,15 @@ def parsed(arguments=None) -> argparse.Namespace:
     add("--save-seconds", float, 60.0, "between two checkpoints")
     add("--every", int, 10, "steps between two rows of the log")
     flag("--tensorboard", "write the log for TensorBoard, too")
-    add("--look-minutes", float, 2.0, "of training between two looks at samples; 0: none")
+    add("--look-minutes", float, 2.0, "of training between two looks at samples and curves; 0: curves alone, at the end")
     add("--guidance", float, 2.0, "of the samples")
     add("--reader", Path, None, "a reader's file, such as benchmarks.fidelity leaves, that counts how many drawn samples are right")
+    add("--draw", str, None, "names: do not train, but draw these", nargs="+")
     options = parser.parse_args(arguments)
+    if options.minutes is None:
+        options.minutes = MINUTES if options.steps == parser.get_default("steps") else 0
+    if options.weight == "auto":
+        options.weight = "none" if options.predicts == "noise" else "velocity"
     if options.tensorboard:
         try:
             import tensorboard  # noqa: F401
@@ -184,8 +192,8 @@ def encoder_of(options, captions, accelerator):
     if not options.cn_clip:
         longest = max(32, 1 + max(len(caption) for caption in captions))
         return CharacterEncoder("".join(captions), dim=options.words, layers=2, max_length=longest)
-    reader = CnClipEncoder(options.cn_clip)
-    with first_alone(accelerator):
+    with first_alone(accelerator):                                          # who may have to fetch it
+        reader = CnClipEncoder(options.cn_clip)
         for _ in write_states(options.data, reader, reader.fingerprint()):
             pass
     return StoredStates(options.data, reader.fingerprint())
@@ -247,11 +255,30 @@ def fitting_batch(options, data, captions, encoder, accelerator) -> int:
     return min(fits, 2 ** ((len(data) // accelerator.num_processes).bit_length() - 1))
 
 
+def never(losses, window) -> bool:
+    """For --no-sgd."""
+    return False
+
+
+def draw(options, network, encoder, diffusion, size, autoencoder) -> None:
+    """The names of --draw, by the average of the newest checkpoint, into drawn.png."""
+    both = torch.nn.ModuleDict({"network": network, "encoder": encoder})
+    files.load_into(both, files.load_newest(options.out / "model.safetensors")["average"])
+    both.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if autoencoder is not None:
+        autoencoder.to(next(network.parameters()).device)
+    pictures = recipe.sample(network, encoder, diffusion, options.draw, size, guidance=options.guidance, bar=True, autoencoder=autoencoder)
+    write_png(options.out / "drawn.png", contact_sheet([[picture] for picture in pictures], options.draw, columns=6))
+    print(options.out / "drawn.png")
+
+
 def main(arguments=None) -> int:
     """Train; see the module's docstring."""
     options = parsed(arguments)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     accelerator = Accelerator(mixed_precision=options.precision)
+    if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
+        raise SystemExit("several processes were started, but each believes to be alone: without a GPU set ACCELERATE_USE_CPU=true")
     data, captions, names, autoencoder = dataset_of(options, accelerator)
     torch.manual_seed(options.seed)
     encoder = encoder_of(options, captions, accelerator)
@@ -260,26 +287,33 @@ def main(arguments=None) -> int:
             options.batch_size = fitting_batch(options, data, captions, encoder, accelerator)
     shape = tuple(data[0][0].shape)
     network, diffusion, timesteps = parts(options, shape, encoder)
+    size = shape[-1] * (autoencoder.factor if autoencoder is not None else 1)
+    if options.draw:
+        draw(options, network, encoder, diffusion, size, autoencoder)
+        return 0
     loader = batches(data, options.batch_size, None if options.workers < 0 else options.workers, seed=options.seed)
     weights = sum(weight.numel() for weight in network.parameters())
     accelerator.print(f"{len(data)} pictures {list(shape)}, {len(captions)} captions; {weights / 1e6:.1f} M weights; "
                       f"{accelerator.num_processes} × {options.batch_size} pictures a step, {accelerator.device.type}, {options.precision}")
     steps = train(network, diffusion, loader, encoder, steps=options.steps, minutes=options.minutes or None, pieces=options.pieces,
                   learning_rate=options.learning_rate, muon_learning_rate=options.muon_learning_rate or None, window=options.window,
-                  sgd_learning_rate=options.sgd_learning_rate, phase=options.phase, warmup=options.warmup, decay=options.decay,
+                  sgd_learning_rate=options.sgd_learning_rate, settled=stopped_falling if options.sgd else never, phase=options.phase,
+                  warmup=options.warmup, decay=options.decay,
                   weight_decay=options.weight_decay, ema=options.ema, caption_dropout=options.caption_dropout, clip=options.clip,
                   timesteps=timesteps, compile=options.compile, patience=options.patience,
                   spike=options.spike, seed=options.seed, checkpoint=options.out / "model.safetensors", keep=options.keep,
                   save_seconds=options.save_seconds, accelerator=accelerator)
     if accelerator.is_main_process:
         seen = options.look_minutes > 0 and (autoencoder is not None or shape[0] == 3)
-        size = shape[-1] * (autoencoder.factor if autoencoder is not None else 1)
         steps = watched(steps, options.out / "log.csv", options.out / "board" if options.tensorboard else None, options.every,
                         looking(options, diffusion, names, size, autoencoder) if seen else None, options.look_minutes or 1e9,
                         looks=["fidelity"] if options.reader else [])
     try:
-        for _ in steps:
+        step = None
+        for step in steps:
             pass
+        if step is None:
+            accelerator.print("this run is at its end already: ask for more --minutes or --steps, or begin another with another --out")
     except FloatingPointError as error:
         print(f"given up: {error}", file=sys.stderr)
         return 1

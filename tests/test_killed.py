@@ -197,3 +197,22 @@ def test_where_one_of_two_processes_runs_out_of_memory_both_take_their_batch_in_
     assert saved["pieces"] == 2 and saved["halved"] and not load(tmp_path / "roomy")["halved"]
     a, b = weights(tmp_path / "roomy"), weights(tmp_path / "tight")
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
+
+
+class Tighter(Tight):
+    """One whose second process finds memory for two pictures only, and in the fourth step for none."""
+    calls = 0
+
+    def forward(self, x_t, t, context, mask):
+        self.calls += 1
+        if self.calls > 7 and os.environ.get("RANK") == "1":                # 1 in vain, then 2 a step
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(x_t, t, context, mask)
+
+
+def test_where_one_of_two_has_no_memory_at_all_both_end_and_none_waits_for_the_other(tmp_path):
+    lives, done, _ = start(os.devnull, processes=2, steps=12, batch=4, dropout=0.0, muon=None, kind=Tighter, checkpoint=tmp_path / "c")
+    for each in lives:
+        each.join(60)
+        assert each.exitcode == 1
+    assert done.value == 3 and load(tmp_path / "c")["index"] >= 2

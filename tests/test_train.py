@@ -382,7 +382,7 @@ def test_out_of_memory_is_met_once_by_pieces_half_as_large(tmp_path):
                 break
     *_, resumed = tight(tmp_path / "c")                                     # it remembers, and has nothing to say
     assert all(torch.equal(a, b) for a, b in zip(step.network.parameters(), resumed.network.parameters()))
-    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
+    with pytest.raises(torch.OutOfMemoryError, match="in 2 pieces, too"), pytest.warns(UserWarning):
         list(tight(most=1))
 
 
@@ -489,6 +489,23 @@ def test_a_disk_that_fills_stops_no_training(tmp_path, monkeypatch):
         list(quick(tmp_path / "other", save_seconds=0))
     *_, whole = quick()
     assert all(torch.equal(a, b) for a, b in zip(whole.network.parameters(), step.network.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_could_not_be_written_is_not_the_best(tmp_path, monkeypatch):
+    """The loss of step 5 is a tenth of the others', but there is no room for it."""
+    real = files.save_file
+
+    def full(tensors, path, metadata):
+        if index == 5:
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+    monkeypatch.setattr("easy_diffusion.checkpoint.save_file", full)
+    index = 0
+    for step in quick(tmp_path / "c", save_seconds=0, window=1, diffusion=Ill([5], lambda loss: loss / 10)):
+        index = step.index + 1
+    saved, best = load(tmp_path / "c"), load(tmp_path / "c.best")
+    assert saved["lowest"] == best["lowest"] == best["losses"][-1] > min(saved["losses"]) == saved["losses"][5]
 
 
 def test_importance_goes_on_where_it_was(tmp_path):

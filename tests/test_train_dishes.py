@@ -71,6 +71,33 @@ def test_a_flow(tmp_path):
         main([*arguments[:-2], "--steps", "3"])
 
 
+def test_what_was_learned_draws_names_and_a_run_at_its_end_says_so(tmp_path, capsys):
+    arguments = [*SMALL, "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--steps", "2", "--no-sgd", "--look-minutes", "0"]
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        main([*arguments, "--draw", "番茄汤"])
+    assert main(arguments) == 0 and "at its end already" not in capsys.readouterr().out
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert main([*arguments, "--draw", "番茄汤", "清炒土豆"]) == 0
+    with Image.open(tmp_path / "drawn.png") as sheet:
+        assert sheet.size[0] > 2 * 32
+    assert main(arguments) == 0 and "at its end already" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_steps_alone_set_no_limit_of_time_and_noise_has_no_weight_that_explodes():
+    assert parsed([]).minutes in (2.5, 10.0) and parsed(["--steps", "5"]).minutes == 0
+    assert parsed(["--steps", "5", "--minutes", "3"]).minutes == 3
+    assert (parsed([]).weight, parsed(["--predicts", "noise"]).weight) == ("velocity", "none")
+    assert parsed(["--predicts", "noise", "--weight", "min-snr"]).weight == "min-snr"
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("easy_diffusion.train_dishes.Accelerator", lambda **_: types.SimpleNamespace(num_processes=1))
+    with pytest.raises(SystemExit, match="ACCELERATE_USE_CPU=true"):
+        main([])
+
+
 def test_the_networks_of_the_house_can_be_asked_for():
     first = "--channels 128 128 128 256 256 512 512 --attention 2 3 4 --blocks 1 --heads 4 --words 768 --no-pooled --patch 1"
     assert first in (ROOT / "easy_diffusion" / "train_dishes.py").read_text()
