@@ -204,7 +204,7 @@ def parts(options, shape, encoder):
     levels = range(len(options.channels))
     answers = shape[0] * (2 if options.variance == "learned_range" else 1)
     network = UNet(shape[0], answers, channels=tuple(options.channels), attention=tuple(level in options.attention for level in levels),
-                   blocks=options.blocks, heads=options.heads, patch=options.patch or (4 if shape[0] == 3 else 1),
+                   blocks=options.blocks, heads=options.heads, patch=options.patch or 4,
                    context_dim=encoder.dim, pooled=options.pooled, dropout=options.dropout, checkpointing=options.checkpointing)
     if options.predicts == "velocity":
         return network, RectifiedFlow(), TIMES_OF_A_FLOW[options.timesteps]
@@ -280,6 +280,8 @@ def main(arguments=None) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
         raise SystemExit("several processes were started, but each believes to be alone: without a GPU set ACCELERATE_USE_CPU=true")
     data, captions, names, autoencoder = dataset_of(options, accelerator)
+    pictures = data[0][0].dtype == torch.uint8                              # else latents
+    options.patch = options.patch or (4 if pictures else 1)
     torch.manual_seed(options.seed)
     encoder = encoder_of(options, captions, accelerator)
     if options.batch_size == "auto":
@@ -304,7 +306,7 @@ def main(arguments=None) -> int:
                   spike=options.spike, seed=options.seed, checkpoint=options.out / "model.safetensors", keep=options.keep,
                   save_seconds=options.save_seconds, accelerator=accelerator)
     if accelerator.is_main_process:
-        seen = options.look_minutes > 0 and (autoencoder is not None or shape[0] == 3)
+        seen = options.look_minutes > 0 and (autoencoder is not None or pictures)
         steps = watched(steps, options.out / "log.csv", options.out / "board" if options.tensorboard else None, options.every,
                         looking(options, diffusion, names, size, autoencoder) if seen else None, options.look_minutes or 1e9,
                         looks=["fidelity"] if options.reader else [])
