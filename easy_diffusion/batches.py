@@ -110,7 +110,7 @@ def batches(dataset, batch_size: int, workers: int | None = None, collate=None, 
     collate: items → batch, as DataLoader's collate_fn. Raises ValueError for a dataset of less than a batch.
     """
     if not 1 <= batch_size <= len(dataset):
-        raise ValueError(f"{len(dataset)} items do not fill a batch of {batch_size}")
+        raise ValueError(f"{len(dataset)} items do not fill a batch of {batch_size}; its size is from 1 to {len(dataset)}")
     cuda = torch.cuda.is_available()
     if workers is None:
         workers = min(4, os.cpu_count() or 1) if cuda else 0

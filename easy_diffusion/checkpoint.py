@@ -107,11 +107,12 @@ def load(path, device="cpu"):
 
 
 def load_newest(path, device="cpu"):
-    """`load`, but where the file is damaged the newest whole one of those kept before it, with a warning that says so."""
+    """`load`, but where the file is damaged the newest whole one of those kept before it, or else the best, with a warning that says so."""
     try:
         return load(path, device)
     except ValueError as damage:
-        for before in itertools.takewhile(Path.exists, (Path(f"{path}.{i}") for i in itertools.count(1))):
+        kept = itertools.takewhile(Path.exists, (Path(f"{path}.{i}") for i in itertools.count(1)))
+        for before in (*kept, Path(f"{path}.best")):
             if whole(before):
                 warnings.warn(f"{damage}; the run goes on from the checkpoint before it, {before}", stacklevel=2)
                 return load(before, device)

@@ -13,6 +13,7 @@ Each process then takes --batch-size pictures a step. Any UNet can be had: that 
 
 The same command with --draw and names draws those by what has been learned. Into --out the command writes
 
+    run.json               of what kind it is, so that nothing of another kind goes on from it
     model.safetensors      all that the run must remember: killed, it goes on; .1, .2 are those before, .best that of the lowest loss
     log.csv                the loss (and that of each quarter of the schedule), the rates, the speed; pandas reads it
     log.png                its curves, with a line where SGD took over
@@ -30,6 +31,7 @@ This file is a roof like demo.py: it imports from everywhere, and nothing import
 import argparse
 import contextlib
 import copy
+import json
 import os
 import random
 import sys
@@ -49,7 +51,7 @@ from datasets.latents_lmdb import LatentLmdb
 
 from . import checkpoint as files
 from . import recipe
-from .animate import contact_sheet, write_png
+from .animate import contact_sheet, write_atomically, write_png
 from .batches import batches, chance
 from .diffusion import GaussianDiffusion, ImportanceTimesteps, logit_normal_timesteps, min_snr_weight, velocity_weight
 from .flow_matching import RectifiedFlow, logit_normal_time
@@ -69,6 +71,13 @@ TIMESTEPS = {"logit-normal": lambda steps: logit_normal_timesteps, "uniform": la
 TIMES_OF_A_FLOW = {"logit-normal": logit_normal_time, "uniform": uniform_time}
 WEIGHTS = {"velocity": velocity_weight, "min-snr": min_snr_weight, "none": None}
 MINUTES = 2.5 if torch.cuda.is_available() else 10.0
+
+
+def pictures_a_step(text: str) -> int | str:
+    """A batch's size, or "auto"."""
+    if text != "auto" and int(text) < 1:
+        raise ValueError
+    return text if text == "auto" else int(text)
 
 
 def parsed(arguments=None) -> argparse.Namespace:
@@ -111,7 +120,7 @@ def parsed(arguments=None) -> argparse.Namespace:
 
     add("--minutes", float, None, f"of training; without it {MINUTES:g}, or, if --steps are given, as many as they take")
     add("--steps", int, 10 ** 7, "of training, at most")
-    add("--batch-size", lambda text: text if text == "auto" else int(text), recipe.BATCH, "pictures of a step in each process; auto: as "
+    add("--batch-size", pictures_a_step, recipe.BATCH, "pictures of a step in each process; auto: as "
         "many as fit into memory, at most 1024")
     add("--pieces", int, 1, "parts of a batch that go through the network one after the other")
     add("--workers", int, -1, "processes that read pictures; -1: none on a CPU, four with a GPU")
@@ -122,7 +131,7 @@ def parsed(arguments=None) -> argparse.Namespace:
     flag("--sgd", "let SGD take over when the loss has stopped falling", default=True)
     add("--window", int, 2000, "steps whose mean loss must be below that of as many before, by a standard error; else it no longer falls")
     add("--warmup", int, 100, "steps over which the rate rises")
-    add("--decay", float, 0.5, "share of the run over which the rate falls to zero")
+    add("--decay", float, 0.5, "share of the run over which the rate falls to zero; if more steps are asked for later, it rises again")
     add("--weight-decay", float, 0.01, "of AdamW and Muon")
     add("--ema", float, 0.998, "of the moving average")
     add("--clip", float, 1.0, "length to which the gradient is cut")
@@ -138,7 +147,7 @@ def parsed(arguments=None) -> argparse.Namespace:
     flag("--tensorboard", "write the log for TensorBoard, too")
     add("--look-minutes", float, 2.0, "of training between two looks at samples and curves; 0: curves alone, at the end")
     add("--guidance", float, 2.0, "of the samples")
-    add("--reader", Path, None, "a reader's file, such as benchmarks.fidelity leaves, that counts how many drawn samples are right")
+    add("--reader", Path, None, "a reader's file, such as benchmarks.fidelity leaves, that counts how many drawn dishes are right")
     add("--draw", str, None, "names: do not train, but draw these", nargs="+")
     options = parser.parse_args(arguments)
     if options.minutes is None:
@@ -150,8 +159,13 @@ def parsed(arguments=None) -> argparse.Namespace:
             import tensorboard  # noqa: F401
         except ImportError:
             parser.error("--tensorboard needs the library: pip install tensorboard; log.csv has the same numbers without it")
-    if options.batch_size != "auto" and options.batch_size < 1:
-        parser.error(f"--batch-size is 1 or more, or auto, not {options.batch_size}")
+    for name in ("pieces", "every", "keep", "blocks", "heads", "dishes", "size", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is 1 or more, not {getattr(options, name)}")
+    if options.learning_rate <= 0 or options.sgd_learning_rate <= 0 or options.muon_learning_rate < 0 or options.minutes < 0:
+        parser.error("learning rates and minutes are not negative, and AdamW's and SGD's rates not zero")
+    if beyond := [level for level in options.attention if not 0 <= level < len(options.channels)]:
+        parser.error(f"--attention {beyond[0]}: the levels of --channels are 0 to {len(options.channels) - 1}")
     if options.predicts == "velocity" and (options.timesteps == "importance" or options.variance == "learned_range"):
         parser.error("--predicts velocity has no --timesteps importance and no --variance learned_range")
     if options.cn_clip and not options.data:
@@ -255,6 +269,23 @@ def fitting_batch(options, data, captions, encoder, accelerator) -> int:
     return min(fits, 2 ** ((len(data) // accelerator.num_processes).bit_length() - 1))
 
 
+def kind_of(options, shape, encoder) -> dict:
+    """What two runs must have in common for the weights of one to mean the same in the other."""
+    names = ("channels", "attention", "blocks", "heads", "patch", "words", "pooled", "predicts", "variance", "schedule", "weight",
+             "timesteps")
+    return {name: getattr(options, name) for name in names} | {"shape": list(shape), "characters": getattr(encoder, "characters", None)}
+
+
+def check_kind(out: Path, kind: dict) -> None:
+    """ValueError where a run of another kind is kept in --out."""
+    if (out / "run.json").exists():
+        before = json.loads((out / "run.json").read_text("utf-8"))
+        if others := [name for name in kind if before.get(name) != kind[name]]:
+            told = "; ".join(f"{name}: {before.get(name)}, not {kind[name]}" for name in others if name != "characters")
+            raise ValueError(f"{out} holds a run of another kind ({told or 'its captions had other characters'}): give the options that it "
+                             "was begun with, or another --out")
+
+
 def never(losses, window) -> bool:
     """For --no-sgd."""
     return False
@@ -290,6 +321,7 @@ def main(arguments=None) -> int:
     shape = tuple(data[0][0].shape)
     network, diffusion, timesteps = parts(options, shape, encoder)
     size = shape[-1] * (autoencoder.factor if autoencoder is not None else 1)
+    check_kind(options.out, kind := kind_of(options, shape, encoder))
     if options.draw:
         draw(options, network, encoder, diffusion, size, autoencoder)
         return 0
@@ -300,21 +332,24 @@ def main(arguments=None) -> int:
     steps = train(network, diffusion, loader, encoder, steps=options.steps, minutes=options.minutes or None, pieces=options.pieces,
                   learning_rate=options.learning_rate, muon_learning_rate=options.muon_learning_rate or None, window=options.window,
                   sgd_learning_rate=options.sgd_learning_rate, settled=stopped_falling if options.sgd else never, phase=options.phase,
-                  warmup=options.warmup, decay=options.decay,
-                  weight_decay=options.weight_decay, ema=options.ema, caption_dropout=options.caption_dropout, clip=options.clip,
-                  timesteps=timesteps, compile=options.compile, patience=options.patience,
-                  spike=options.spike, seed=options.seed, checkpoint=options.out / "model.safetensors", keep=options.keep,
-                  save_seconds=options.save_seconds, accelerator=accelerator)
+                  warmup=options.warmup, decay=options.decay, weight_decay=options.weight_decay, ema=options.ema,
+                  caption_dropout=options.caption_dropout, clip=options.clip, timesteps=timesteps, compile=options.compile,
+                  patience=options.patience, spike=options.spike, seed=options.seed, checkpoint=options.out / "model.safetensors",
+                  keep=options.keep, save_seconds=options.save_seconds, accelerator=accelerator)
     if accelerator.is_main_process:
         seen = options.look_minutes > 0 and (autoencoder is not None or pictures)
         steps = watched(steps, options.out / "log.csv", options.out / "board" if options.tensorboard else None, options.every,
                         looking(options, diffusion, names, size, autoencoder) if seen else None, options.look_minutes or 1e9,
                         looks=["fidelity"] if options.reader else [])
     try:
-        step = None
-        for step in steps:
+        first = next(steps, None)
+        if accelerator.is_main_process:
+            write_atomically(options.out / "run.json", json.dumps(kind, ensure_ascii=False, indent=1).encode())
+        if first is not None and first.index:
+            accelerator.print(f"the run goes on after {first.index} steps")
+        for _ in steps:
             pass
-        if step is None:
+        if first is None:
             accelerator.print("this run is at its end already: ask for more --minutes or --steps, or begin another with another --out")
     except FloatingPointError as error:
         print(f"given up: {error}", file=sys.stderr)
@@ -322,5 +357,17 @@ def main(arguments=None) -> int:
     return 0
 
 
+def command() -> int:
+    """main, for whoever sits at a terminal: a sentence in place of a traceback where what was asked for cannot be."""
+    try:
+        return main()
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from its last checkpoint, if there is one yet", file=sys.stderr)
+        return 130
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

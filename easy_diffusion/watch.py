@@ -93,7 +93,8 @@ def curves(path) -> Figure:
                 axes.axvline(int(row["index"]), color="grey", linestyle=":", label=row["phase"])
         axes.set(xlabel="step", ylabel=name, yscale="linear" if name == "fidelity" else "log")
         if name == "loss":
-            axes.legend()
+            axes.legend(fontsize=8, framealpha=0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

@@ -92,6 +92,15 @@ def test_the_last_ones_stay_and_take_each_others_place(tmp_path):
     assert load(tmp_path / "a.best") == {"step": 4} and load(tmp_path / "a") == {"step": 5}
 
 
+def test_where_nothing_but_the_best_is_whole_it_is_taken(tmp_path):
+    for i in range(3):
+        save(tmp_path / "c", {"step": i, "numbers": torch.zeros(100)}, keep=2, best=i == 0)
+    for name in ("c", "c.1"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:200])
+    with pytest.warns(UserWarning, match="c.best"):
+        assert load_newest(tmp_path / "c")["step"] == 0
+
+
 def test_the_best_is_there_before_the_newest(tmp_path, monkeypatch):
     """A run that is killed between the two does that step again; it never remembers a best one that is not kept."""
     save(tmp_path / "c", {"step": 1}, keep=2, best=True)

@@ -16,7 +16,7 @@ from datasets.lmdb_store import append
 from easy_diffusion import recipe
 from easy_diffusion.checkpoint import load, save
 from easy_diffusion.metrics import Reader
-from easy_diffusion.train_dishes import main, parsed, parts
+from easy_diffusion.train_dishes import command, main, parsed, parts
 from easy_diffusion.unet import UNet
 from easy_diffusion.watch import rows
 
@@ -34,19 +34,20 @@ def test_help_tells_every_option_and_its_default(capsys):
 
 
 @pytest.mark.parametrize("wrong", [["--batch-size", "0"], ["--cn-clip", "x"], ["--predicts", "nothing"], ["--tensorboard"],
-                                   ["--predicts", "velocity", "--timesteps", "importance"]])
+                                   ["--predicts", "velocity", "--timesteps", "importance"], ["--attention", "7"], ["--every", "0"],
+                                   ["--learning-rate", "-1"], ["--batch-size", "abc"]])
 def test_wrong_options_are_named(wrong, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(SystemExit) as stop:
         parsed(wrong)
-    assert stop.value.code == 2 and wrong[0] in capsys.readouterr().err
+    assert stop.value.code == 2 and wrong[0].strip("-").replace("-", " ")[:10] in capsys.readouterr().err.replace("-", " ")
 
 
 def test_drawn_dishes_with_a_table_and_samples_and_it_goes_on(tmp_path, capsys):
     arguments = [*SMALL, "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--minutes", "0", "--every", "1", "--save-seconds", "0"]
     assert main([*arguments, "--steps", "3"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"dishes_32", "model.safetensors", "model.safetensors.1", "model.safetensors.2",
-                                                          "model.safetensors.best", "log.csv", "log.png", "samples.png"}
+                                                          "model.safetensors.best", "log.csv", "log.png", "samples.png", "run.json"}
     with Image.open(tmp_path / "samples.png") as sheet:
         assert sheet.size[0] > 6 * 32
     assert main([*arguments, "--steps", "5"]) == 0
@@ -67,8 +68,30 @@ def test_a_flow(tmp_path):
     arguments = [*SMALL, "--size", "32", "--dishes", "24", "--out", str(tmp_path), "--minutes", "0", "--predicts", "velocity"]
     assert main([*arguments, "--steps", "2"]) == 0
     assert load(tmp_path / "model.safetensors")["predicts"] == "velocity" and (tmp_path / "samples.png").exists()
-    with pytest.raises(ValueError, match="to predict velocity, not x0"):
+    with pytest.raises(ValueError, match="predicts: velocity, not x0"):
         main([*arguments[:-2], "--steps", "3"])
+    with pytest.raises(ValueError, match="predicts: velocity, not x0"):
+        main([*arguments[:-2], "--draw", "番茄汤"])
+
+
+def test_a_run_of_another_kind_is_not_gone_on_with(tmp_path):
+    for name in ("one", "two"):                                             # the same number of characters, and of weights
+        caption = "番茄汤" if name == "one" else "清炒豆"
+        for _ in append(tmp_path / name, [(torch.from_numpy(draw("番茄汤", 32, i)), caption) for i in range(8)]):
+            pass
+    arguments = [*SMALL, "--out", str(tmp_path / "out"), "--look-minutes", "0"]
+    assert main([*arguments, "--data", str(tmp_path / "one"), "--steps", "1"]) == 0
+    with pytest.raises(ValueError, match="other characters"):
+        main([*arguments, "--data", str(tmp_path / "two"), "--steps", "2"])
+    with pytest.raises(ValueError, match="schedule: cosine, not linear"):
+        main([*arguments, "--data", str(tmp_path / "one"), "--steps", "2", "--schedule", "linear"])
+    assert load(tmp_path / "out" / "model.safetensors")["index"] == 1
+
+
+def test_at_a_terminal_what_cannot_be_is_told_in_a_sentence(monkeypatch, capsys):
+    for error, status, sentence in ((ValueError("no such dish"), 2, "no such dish"), (KeyboardInterrupt(), 130, "goes on from its last")):
+        monkeypatch.setattr("easy_diffusion.train_dishes.main", lambda error=error: (_ for _ in ()).throw(error))
+        assert command() == status and sentence in capsys.readouterr().err
 
 
 def test_what_was_learned_draws_names_and_a_run_at_its_end_says_so(tmp_path, capsys):
