@@ -139,7 +139,7 @@ def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: 
     a sentence says so, and the training goes on without what could not be written.
     """
     board, log, looked, told, steps = tensorboard_writer(tensorboard) if tensorboard else None, None, None, set(), iter(steps)
-    shape = "{desc} {percentage:3.0f}%|{bar}| {postfix}"
+    shape = "{percentage:3.0f}%|{bar}| {desc}"
     with closed() as opened, tqdm(total=100, desc=description, bar_format=shape, disable=not bar) as line:
         opened += [board] if board is not None else []
         while True:
@@ -155,8 +155,8 @@ def watched(steps: Iterable, csv=None, tensorboard=None, every: int = 10, look: 
             row, last = numbers_of(step), step.progress >= 1
             looked = step.seconds if looked is None else looked
             left, loss = step.seconds * (1 / max(step.progress, 1e-9) - 1), row.get("smooth_loss", row["loss"])
-            line.set_postfix_str(f"step {step.index}, loss {loss:.4f}, {step.pictures_per_second:.0f} pictures/s, {left / 60:.1f} min left",
-                                 refresh=False)
+            line.set_description_str(f"{description}, step {step.index}, loss {loss:.4f}, {step.pictures_per_second:.0f} pictures/s, "
+                                     f"{left / 60:.1f} min left", refresh=False)
             line.update(100 * step.progress - line.n)
             try:
                 due = last or step.seconds > looked + 60 * look_minutes
