@@ -120,8 +120,12 @@ def load_newest(path, device="cpu"):
 
 
 def load_into(module: torch.nn.Module, state: dict) -> None:
-    """module.load_state_dict, after one error (ValueError) that names all tensors that are missing, unknown or misshapen."""
+    """module.load_state_dict, after one error (ValueError) that names all tensors that are missing, unknown or misshapen, or says that
+    these are not a module's weights at all."""
     own = module.state_dict()
+    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise ValueError(f"the file is not of a {type(module).__name__}'s weights: at {strange[0]!r} there is no tensor")
     wrong = [f"missing: {name} {tuple(own[name].shape)}" for name in own.keys() - state.keys()]
     wrong += [f"unknown: {name} {tuple(state[name].shape)}" for name in state.keys() - own.keys()]
     wrong += [f"shape of {name}: {tuple(state[name].shape)} in the checkpoint, {tuple(own[name].shape)} in the network"

@@ -76,6 +76,11 @@ def test_weights_of_another_shape_are_all_named_in_one_error():
         assert says in str(error.value)
 
 
+def test_a_whole_training_is_not_a_modules_weights():
+    with pytest.raises(ValueError, match="not of a Linear's weights: at 'models' there is no tensor"):
+        load_into(torch.nn.Linear(1, 1), {"models": {}, "index": 3})
+
+
 def test_what_a_killed_process_left_goes_with_the_next_writing(tmp_path):
     (tmp_path / "a.writing").mkdir()
     (tmp_path / "a.writing" / ".tmpXYZ").write_bytes(b"half a file")       # safetensors writes under a name of its own, too
