@@ -42,7 +42,7 @@ from .fidelity import LEAST_READER_ACCURACY, drawings, fidelity, trained_reader
 from .report import finish
 from .unet import matrix_rate
 
-DEVICE, STEPS = "cuda" if torch.cuda.is_available() else "cpu", 10 ** 7
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GOAL = 0.8
 
 
@@ -51,13 +51,10 @@ def parts():
     return recipe.build("".join(dish_names("train")))
 
 
-ADAMW = recipe.TRAINING | {"muon_learning_rate": None}
-
-
-def ours(store, minutes=1e6, settings=recipe.TRAINING):
+def ours(store, minutes=1e6, **changes):
     """Yields (network, encoder, diffusion, seconds) after each step, the averages."""
     network, encoder, diffusion = parts()
-    for step in train(network, diffusion, batches(store, recipe.BATCH), encoder, minutes=minutes, steps=STEPS, **settings):
+    for step in recipe.training(network, encoder, diffusion, store, None, minutes, **changes):
         yield step.network, step.encoder, diffusion, step.seconds
 
 
@@ -112,11 +109,11 @@ def shown(network, encoder, device):
     return network, encoder
 
 
-def bare(store, optimize=True, settings=recipe.TRAINING):
+def bare(store, optimize=True, muon_learning_rate=recipe.TRAINING["muon_learning_rate"]):
     """No average, no clipping, no check, no log: a batch, noise, forward, backward and, if wanted, the optimizers."""
     network, encoder, diffusion = parts()
     network, encoder = network.to(DEVICE).train(), encoder.to(DEVICE).train()
-    optimizers = optimizers_of([*network.parameters(), *encoder.parameters()], settings["learning_rate"], settings["muon_learning_rate"])
+    optimizers = optimizers_of([*network.parameters(), *encoder.parameters()], recipe.TRAINING["learning_rate"], muon_learning_rate)
     generator, batch = torch.Generator(DEVICE).manual_seed(0), next(iter(batches(store, recipe.BATCH)))
     for pictures, captions in endless(batches(store, recipe.BATCH)) if optimize else itertools.repeat(batch):
         x0 = pictures.to(DEVICE).float() / 127.5 - 1
@@ -134,8 +131,8 @@ def bare(store, optimize=True, settings=recipe.TRAINING):
 
 def speeds(store, rounds, steps) -> list[dict]:
     """Milliseconds of a step of each loop, the median over rounds in which all take their turn."""
-    loops = {"ours, Muon": ours(store), "bare, Muon": bare(store), "ours, AdamW": ours(store, settings=ADAMW),
-             "bare, AdamW": bare(store, settings=ADAMW), "diffusers' way, AdamW": diffusers_way(store),
+    loops = {"ours, Muon": ours(store), "bare, Muon": bare(store), "ours, AdamW": ours(store, muon_learning_rate=None),
+             "bare, AdamW": bare(store, muon_learning_rate=None), "diffusers' way, AdamW": diffusers_way(store),
              "forward and backward alone": bare(store, optimize=False)}
     for _ in batches(store, recipe.BATCH):                                  # whoever reads a picture first should not pay for the disk
         pass

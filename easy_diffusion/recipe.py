@@ -123,11 +123,19 @@ def given_back(autoencoder: Autoencoder, pictures: torch.Tensor) -> torch.Tensor
         return torch.cat([torch.from_numpy(decoded(autoencoder, encode(some)[0])).permute(0, 3, 1, 2) for some in pictures.split(25)])
 
 
-def training(network, encoder, diffusion, store, checkpoint: Path | None, minutes: float):
-    """The demo's training, as a generator of steps. store: of pictures, or of latents, which are so small that more of them go together."""
+def training(network, encoder, diffusion, store, checkpoint: Path | None, minutes: float, **changes):
+    """The demo's training, as a generator of steps. store: of pictures, or of latents, which are so small that more of them go together;
+    changes: what of TRAINING is to be otherwise."""
     loader = batches(store, LATENT_BATCH if isinstance(store, LatentLmdb) else BATCH)
     return train(network, diffusion, loader, encoder, minutes=minutes, steps=10 ** 7, checkpoint=checkpoint, keep=1,
-                 save_seconds=min(30, 3 * minutes), **TRAINING)
+                 save_seconds=min(30, 3 * minutes), **TRAINING | changes)
+
+
+def load_average(network, encoder, state: dict) -> None:
+    """A checkpoint's EMA weights into network and encoder, ready to draw, on the GPU if there is one."""
+    both = torch.nn.ModuleDict({"network": network, "encoder": encoder})
+    files.load_into(both, state)
+    both.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fit(network, encoder, diffusion, store, checkpoint: Path, minutes: float) -> list[float]:
@@ -138,9 +146,7 @@ def fit(network, encoder, diffusion, store, checkpoint: Path, minutes: float) ->
         for _ in watched(training(network, encoder, diffusion, store, checkpoint, minutes)):
             pass
         saved = files.load(checkpoint)
-    average = torch.nn.ModuleDict({"network": network, "encoder": encoder})
-    files.load_into(average, saved["average"])
-    average.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    load_average(network, encoder, saved["average"])
     return saved["losses"]
 
 

@@ -236,18 +236,23 @@ def looking(options, diffusion, names, size, autoencoder):
         files.load_into(reader, files.load(options.reader))
 
     def look(step):
-        device = next(step.network.parameters()).device
-        if autoencoder is not None:
-            autoencoder.to(device)
-        pictures = recipe.sample(step.network, step.encoder, diffusion, names, size, guidance=options.guidance, autoencoder=autoencoder)
-        write_png(options.out / "samples.png", contact_sheet([[picture] for picture in pictures], names, columns=6))
+        pictures = draw("samples.png", options, step.network, step.encoder, diffusion, names, size, autoencoder)
         if reader is None:
             return {}
-        reader.to(device)
-        right = reader.fully_right(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device), wanted)
+        device = next(step.network.parameters()).device
+        right = reader.to(device).fully_right(torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device), wanted)
         return {"fidelity": share(right)}
 
     return look
+
+
+def draw(file, options, network, encoder, diffusion, names, size, autoencoder, bar=False):
+    """Draw these names into a file of --out; the pictures, uint8 [B, size, size, 3]."""
+    if autoencoder is not None:
+        autoencoder.to(next(network.parameters()).device)
+    pictures = recipe.sample(network, encoder, diffusion, names, size, guidance=options.guidance, bar=bar, autoencoder=autoencoder)
+    write_png(options.out / file, contact_sheet([[picture] for picture in pictures], names, columns=6))
+    return pictures
 
 
 def fitting_batch(options, data, captions, encoder, accelerator) -> int:
@@ -291,18 +296,6 @@ def never(losses, window) -> bool:
     return False
 
 
-def draw(options, network, encoder, diffusion, size, autoencoder) -> None:
-    """The names of --draw, by the average of the newest checkpoint, into drawn.png."""
-    both = torch.nn.ModuleDict({"network": network, "encoder": encoder})
-    files.load_into(both, files.load_newest(options.out / "model.safetensors")["average"])
-    both.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if autoencoder is not None:
-        autoencoder.to(next(network.parameters()).device)
-    pictures = recipe.sample(network, encoder, diffusion, options.draw, size, guidance=options.guidance, bar=True, autoencoder=autoencoder)
-    write_png(options.out / "drawn.png", contact_sheet([[picture] for picture in pictures], options.draw, columns=6))
-    print(options.out / "drawn.png")
-
-
 def main(arguments=None) -> int:
     """Train; see the module's docstring."""
     options = parsed(arguments)
@@ -315,15 +308,17 @@ def main(arguments=None) -> int:
     options.patch = options.patch or (4 if pictures else 1)
     torch.manual_seed(options.seed)
     encoder = encoder_of(options, captions, accelerator)
-    if options.batch_size == "auto":
+    shape = tuple(data[0][0].shape)
+    check_kind(options.out, kind := kind_of(options, shape, encoder))
+    if options.batch_size == "auto" and not options.draw:
         with chance(options.seed):                                          # afterwards the weights are drawn as if nothing had been tried
             options.batch_size = fitting_batch(options, data, captions, encoder, accelerator)
-    shape = tuple(data[0][0].shape)
     network, diffusion, timesteps = parts(options, shape, encoder)
     size = shape[-1] * (autoencoder.factor if autoencoder is not None else 1)
-    check_kind(options.out, kind := kind_of(options, shape, encoder))
     if options.draw:
-        draw(options, network, encoder, diffusion, size, autoencoder)
+        recipe.load_average(network, encoder, files.load_newest(options.out / "model.safetensors")["average"])
+        draw("drawn.png", options, network, encoder, diffusion, options.draw, size, autoencoder, bar=True)
+        print(options.out / "drawn.png")
         return 0
     loader = batches(data, options.batch_size, None if options.workers < 0 else options.workers, seed=options.seed)
     weights = sum(weight.numel() for weight in network.parameters())
