@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.dishes import attributes, dish_names, draw
-from easy_diffusion import recipe
-from easy_diffusion.animate import animate, default_pixels
-from easy_diffusion.camera import uncover
-from easy_diffusion.inpaint import blended, repaint, to_levels
-from easy_diffusion.latent import load_autoencoder
-from easy_diffusion.metrics import Reader, share
+from datasets.dishes import attributes, dish_names, draw_dish
+from easy_diffusion import generate, presets
+from easy_diffusion.animation.camera import uncover
+from easy_diffusion.animation.film import animate, default_pixels
+from easy_diffusion.evaluation.attribute_classifier import AttributeClassifier, prompt_accuracy
+from easy_diffusion.inpainting.blending import blend, to_pixel_values
+from easy_diffusion.inpainting.repaint import repaint_sampling
+from easy_diffusion.networks.weights_io import load_autoencoder
 
 from .fidelity import LEAST_READER_ACCURACY, all_of, kept_reader
 from .report import finish
@@ -43,12 +44,12 @@ class Frames(torch.utils.data.Dataset):
         seed = self.seed * 1_000_003 + index
         chance = random.Random(seed)
         name = chance.choice(self.names)
-        both = np.concatenate([draw(name, 64, seed), draw(name, 64, seed + 500_000)[..., 64 - STEP:]], axis=2)
+        both = np.concatenate([draw_dish(name, 64, seed), draw_dish(name, 64, seed + 500_000)[..., 64 - STEP:]], axis=2)
         x = chance.randint(0, STEP) if self.at is None else self.at
         return torch.from_numpy(both[..., x:x + 64].copy()), name
 
 
-def reader_of_frames(out: Path, count: int, steps: int) -> Reader:
+def reader_of_frames(out: Path, count: int, steps: int) -> AttributeClassifier:
     """Trained on `count` windows over dishes of all names, and kept in `out`."""
     return kept_reader(out / f"reader_of_frames_{steps}.safetensors", steps,
                        lambda: all_of(Frames(count, 300, dish_names("train") + dish_names("held_out"))))
@@ -61,10 +62,10 @@ def painted_beside(model, dishes: np.ndarray, names: list[str], pixels: int, ste
     moved, masks = zip(*[uncover(dish, "right", pixels) for dish in dishes])
     device = next(network.parameters()).device
     x0 = torch.from_numpy(np.stack(moved)).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-    denoise = recipe.guided_denoiser(network, encoder, diffusion, names, 2.0)
-    *_, last = repaint(denoise, diffusion.schedule, x0, torch.from_numpy(masks[0])[None, None].to(device), steps, **recipe.REPAINT,
+    denoise = generate.guided_denoiser(network, encoder, diffusion, names, 2.0)
+    *_, last = repaint_sampling(denoise, diffusion.schedule, x0, torch.from_numpy(masks[0])[None, None].to(device), steps, **generate.REPAINT,
                        generator=torch.Generator().manual_seed(1))
-    seen = [blended(to_levels(x0), picture, mask) for x0, picture, mask in zip(last.x0[:, None], moved, masks)]
+    seen = [blend(to_pixel_values(x0), picture, mask) for x0, picture, mask in zip(last.x0[:, None], moved, masks)]
     return np.concatenate([dishes, np.stack(seen)[:, :, -pixels:]], axis=2)
 
 
@@ -73,15 +74,15 @@ def timed(model, autoencoder, size: int, move: str, seconds: float, every_frame:
     calls, network = [0], model[0]
     counting = network.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     start = time.perf_counter()
-    dish = recipe.sample(*model, ["番茄炒鸡蛋"], size, autoencoder=autoencoder)[0]
-    paint = recipe.painter_of(*model, autoencoder, "番茄炒鸡蛋")
+    dish = generate.generate_images(*model, ["番茄炒鸡蛋"], size, autoencoder=autoencoder)[0]
+    paint = generate.make_model_inpainter(*model, autoencoder, "番茄炒鸡蛋")
     if every_frame:
         film = [dish]
         while len(film) < FRAMES:
             film.append(paint(*uncover(film[-1], move, max(1, size // FRAMES))))
     else:
-        around = recipe.painter_of(*model, autoencoder, "", guidance=1.0)
-        film = animate(dish, move, paint, around=around, seconds=seconds, fps=round(FRAMES / seconds))
+        around = generate.make_model_inpainter(*model, autoencoder, "", guidance=1.0)
+        film = animate(dish, move, paint, inpaint_around=around, seconds=seconds, fps=round(FRAMES / seconds))
     taken = time.perf_counter() - start
     counting.remove()
     assert len(film) == FRAMES
@@ -96,19 +97,19 @@ def main():
     options = parser.parse_args()
     quick, minutes = options.quick, 0.05 if options.quick else 10.0
     count, out = (8, options.out / "quick") if quick else (300, options.out)
-    store = recipe.prepare(out / "dishes_64", 300 if quick else recipe.DISHES, 64)
-    model = recipe.build("".join(dish_names("train")))
-    recipe.fit(*model, store, out / "model_64.safetensors", minutes)
+    store = presets.prepare_dishes(out / "dishes_64", 300 if quick else presets.DISHES, 64)
+    model = presets.build_networks("".join(dish_names("train")))
+    presets.train_or_load(*model, store, out / "model_64.safetensors", minutes)
     models, rows = [(64, model, None)], []
     if not quick:
         if not (out / "model_128_latent.safetensors").exists():
             raise SystemExit("run the demo with --latent first: its network is the one for 128×128")
         autoencoder = load_autoencoder(out / "autoencoder_128.safetensors").to(next(model[0].parameters()).device)
-        latent_model = recipe.build("".join(dish_names("train")), autoencoder)
-        recipe.fit(*latent_model, None, out / "model_128_latent.safetensors", minutes)
+        latent_model = presets.build_networks("".join(dish_names("train")), autoencoder)
+        presets.train_or_load(*latent_model, None, out / "model_128_latent.safetensors", minutes)
         models.append((128, latent_model, autoencoder))
     for size, some, space in models:
-        recipe.sample(*some, ["番茄炒鸡蛋"], size, steps=2, autoencoder=space)                                 # the first call is slower
+        generate.generate_images(*some, ["番茄炒鸡蛋"], size, steps=2, autoencoder=space)                                 # the first call is slower
         for move in ("right",) if quick else ("right", "circle", "centre", "down-right"):
             rows.append(timed(some, space, size, move, 2.4, every_frame=False))
             print(rows[-1], flush=True)
@@ -120,18 +121,18 @@ def main():
     readable = {}
     for at in (0, 32, STEP):
         pictures, names = zip(*[Frames(500, 301, dish_names("held_out"), at)[i] for i in range(50 if quick else 500)])
-        readable[at] = share(reader.fully_right(torch.stack(pictures), [attributes(name) for name in names]))
+        readable[at] = prompt_accuracy(reader.exact_matches(torch.stack(pictures), [attributes(name) for name in names]))
     print("the reader reads drawn frames of held-out dishes right:", {at: f"{value:.1%}" for at, value in readable.items()}, flush=True)
     if min(readable.values()) < LEAST_READER_ACCURACY and not quick:
         raise SystemExit(f"below {LEAST_READER_ACCURACY:.0%} it measures nothing")
     names = random.Random(0).sample(dish_names("held_out"), count)
-    dishes = recipe.sample(*model, names, 64, seed=0)
+    dishes = generate.generate_images(*model, names, 64, seed=0)
     views = []
     for pixels, steps, stops in ((STEP, 25, (0, 32, STEP)), (32, 25, (32,)), (STEP, 50, (32, STEP))):
         seen = np.concatenate([painted_beside(model, dishes[i:i + 50], names[i:i + 50], pixels, steps) for i in range(0, count, 50)])
         for at in stops:
             view = torch.from_numpy(seen[:, :, at:at + 64].copy()).permute(0, 3, 1, 2)
-            right = share(reader.fully_right(view, [attributes(name) for name in names]))
+            right = prompt_accuracy(reader.exact_matches(view, [attributes(name) for name in names]))
             views.append({"painted to (of 64 pixels)": pixels, "steps": steps, "camera gone": at, "drawn frames read right": readable[at],
                           "painted frames read right": right})
             print(views[-1], flush=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from easy_diffusion import recipe
-from easy_diffusion.autoencoder import Autoencoder
-from easy_diffusion.batches import batches
-from easy_diffusion.train_autoencoder import train_autoencoder
+from easy_diffusion import presets
+from easy_diffusion.networks.autoencoder import Autoencoder
+from easy_diffusion.training.data_loader import make_loader
+from easy_diffusion.training.train_autoencoder import train_autoencoder
 
 from .fidelity import LEAST_READER_ACCURACY, drawings, trained_reader
 from .latent import judge_of, quality
@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out"), help="where dishes and reader are kept")
     options = parser.parse_args()
     size, minutes = (32, 0.05) if options.quick else (128, options.minutes)
-    pictures = recipe.prepare(options.out / f"dishes_{size}", 200 if options.quick else recipe.DISHES, size)
+    pictures = presets.prepare_dishes(options.out / f"dishes_{size}", 200 if options.quick else presets.DISHES, size)
     judge = judge_of(trained_reader(size, 40, options.out, 1000) if options.quick else trained_reader(size, 1300, options.out, 20_000))
     real, real_names = drawings(50 if options.quick else 500, size, "held_out", 102)
     accuracy = judge(real, real_names)
@@ -41,8 +41,8 @@ def main():
     rows = []
     for shape in SHAPES:
         torch.manual_seed(0)
-        for step in tqdm(train_autoencoder(Autoencoder(**recipe.AUTOENCODER | shape), batches(pictures, recipe.AUTOENCODER_BATCH),
-                                           minutes=minutes, steps=10 ** 7, **recipe.AUTOENCODER_TRAINING), desc=str(shape)):
+        for step in tqdm(train_autoencoder(Autoencoder(**presets.AUTOENCODER | shape), make_loader(pictures, presets.AUTOENCODER_BATCH),
+                                           minutes=minutes, steps=10 ** 7, **presets.AUTOENCODER_TRAINING), desc=str(shape)):
             pass
         rows.append({"steps": step.index + 1} | quality(step.autoencoder, judge, real, real_names))
         tqdm.write(str(rows[-1]))

@@ -24,7 +24,7 @@ from torchvision.transforms import Compose, PILToTensor, Resize
 from tqdm.auto import tqdm
 
 from datasets.dishes import Dishes
-from datasets.lmdb_store import ImageCaptionStore, append
+from datasets.lmdb_store import ImageCaptionStore, append_records
 
 from .report import finish
 
@@ -59,7 +59,7 @@ def fill(folder, records, side) -> None:
     """A store of so many records: drawn dishes, a thousand of them again and again."""
     drawn = Dishes(1000, side)
     dishes = [drawn[i] for i in range(1000)]
-    written = append(folder, itertools.islice(itertools.cycle(dishes), records), per_transaction=4096)
+    written = append_records(folder, itertools.islice(itertools.cycle(dishes), records), per_transaction=4096)
     for _ in tqdm(written, total=records, desc=f"{records:,} records", unit="picture"):
         pass
     os.sync()                                                               # else reading would compete with what is still being written

@@ -16,12 +16,14 @@ import torch
 from tqdm.auto import tqdm
 
 from datasets.dishes import attributes, dish_names
-from easy_diffusion import checkpoint, recipe
-from easy_diffusion.batches import batches
-from easy_diffusion.latent import EncodedBatch
-from easy_diffusion.metrics import psnr, share, sharpness, ssim
-from easy_diffusion.train import train
-from easy_diffusion.unet import UNet
+from easy_diffusion import presets
+from easy_diffusion.evaluation.attribute_classifier import prompt_accuracy
+from easy_diffusion.evaluation.metrics import psnr, sharpness, ssim
+from easy_diffusion.latent_space import EncodingCollate
+from easy_diffusion.networks.unet import UNet
+from easy_diffusion.training import checkpoint
+from easy_diffusion.training.data_loader import make_loader
+from easy_diffusion.training.trainer import train
 
 from .fidelity import LEAST_READER_ACCURACY, drawings, fidelity, trained_reader
 from .report import finish
@@ -30,15 +32,15 @@ from .report import finish
 def judge_of(reader):
     """(pictures uint8 [B, 3, H, W], names) → the share that the reader reads fully right."""
     def judge(pictures, names):
-        return share([right for i in range(0, len(names), 50)
-                      for right in reader.fully_right(pictures[i:i + 50], [attributes(name) for name in names[i:i + 50]])])
+        return prompt_accuracy([right for i in range(0, len(names), 50)
+                      for right in reader.exact_matches(pictures[i:i + 50], [attributes(name) for name in names[i:i + 50]])])
 
     return judge
 
 
 def quality(autoencoder, judge, pictures, names) -> dict:
     """What an autoencoder gives back of pictures uint8 [B, 3, H, W]."""
-    back = recipe.given_back(autoencoder, pictures)
+    back = presets.reconstruct(autoencoder, pictures)
     channels, size = autoencoder.settings["latent_channels"], pictures.shape[-1]
     return {"f": autoencoder.factor, "channels": channels, "fewer numbers": 3 * autoencoder.factor ** 2 / channels,
             "PSNR": float(psnr(pictures, back).mean()), "SSIM": float(ssim(pictures, back).mean()),
@@ -47,9 +49,9 @@ def quality(autoencoder, judge, pictures, names) -> dict:
 
 def steps_per_second(pictures, steps: int = 8) -> float:
     """Of pixels by the very network that latents have, attention at its finest level included; the median of some steps."""
-    _, encoder, diffusion = recipe.build("".join(dish_names("train")))
+    _, encoder, diffusion = presets.build_networks("".join(dish_names("train")))
     network = UNet(channels=(64, 128), attention=(True, True), heads=2, patch=4, context_dim=encoder.dim, pooled=True)
-    seconds = [step.seconds for step in train(network, diffusion, batches(pictures, recipe.BATCH), encoder, steps=steps, **recipe.TRAINING)]
+    seconds = [step.seconds for step in train(network, diffusion, make_loader(pictures, presets.BATCH), encoder, steps=steps, **presets.TRAINING)]
     return 1 / statistics.median(after - before for before, after in zip(seconds[1:], seconds[2:]))
 
 
@@ -60,7 +62,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out"), help="where dishes, reader and autoencoder are kept")
     options = parser.parse_args()
     size, minutes, count = (32, 0.05, 20) if options.quick else (128, options.minutes, 100)
-    pictures = recipe.prepare(options.out / f"dishes_{size}", 200 if options.quick else recipe.DISHES, size)
+    pictures = presets.prepare_dishes(options.out / f"dishes_{size}", 200 if options.quick else presets.DISHES, size)
     reader = trained_reader(size, 40, options.out, 1000) if options.quick else trained_reader(size, 1300, options.out, 20_000)
     real, real_names = drawings(50 if options.quick else 500, size, "held_out", 102)
 
@@ -70,30 +72,30 @@ def main():
     if accuracy < LEAST_READER_ACCURACY and not options.quick:
         raise SystemExit(f"below {LEAST_READER_ACCURACY:.0%} it measures nothing")
 
-    latents, autoencoder = recipe.prepare_latents(pictures, options.out, size, minutes, judge)
-    taught = checkpoint.load(options.out / f"autoencoder_{size}.training.safetensors")["seconds"] / 60
+    latents, autoencoder = presets.prepare_latents(pictures, options.out, size, minutes, judge)
+    taught = checkpoint.load_checkpoint(options.out / f"autoencoder_{size}.training.safetensors")["seconds"] / 60
     back = {"minutes": taught} | quality(autoencoder, judge, real, real_names)
     print(back, flush=True)
 
     names = random.Random(0).sample(dish_names("held_out"), count)
     device = next(autoencoder.parameters()).device
-    schemes = {"pixels": (pictures, recipe.BATCH, None, None), "latents, kept": (latents, recipe.LATENT_BATCH, None, autoencoder),
-               "latents, encoded each time": (pictures, recipe.LATENT_BATCH, EncodedBatch(autoencoder, device), autoencoder)}
-    rows, speed = [], {"pixels, the latents' network": steps_per_second(pictures) * recipe.BATCH}
+    schemes = {"pixels": (pictures, presets.BATCH, None, None), "latents, kept": (latents, presets.LATENT_BATCH, None, autoencoder),
+               "latents, encoded each time": (pictures, presets.LATENT_BATCH, EncodingCollate(autoencoder, device), autoencoder)}
+    rows, speed = [], {"pixels, the latents' network": steps_per_second(pictures) * presets.BATCH}
     for scheme, (data, batch, collate, space) in schemes.items():
         torch.manual_seed(0)
         kept = options.out / f"benchmark_{scheme.replace(', ', '_').replace(' ', '_')}_{size}.safetensors"      # to look at afterwards
         kept.unlink(missing_ok=True)
-        network, encoder, diffusion = recipe.build("".join(dish_names("train")), space)
-        walk, moments = train(network, diffusion, batches(data, batch, collate=collate), encoder, minutes=minutes, steps=10 ** 7,
-                              checkpoint=kept, **recipe.TRAINING), [0.5, 1.0]
+        network, encoder, diffusion = presets.build_networks("".join(dish_names("train")), space)
+        walk, moments = train(network, diffusion, make_loader(data, batch, collate=collate), encoder, minutes=minutes, steps=10 ** 7,
+                              checkpoint=kept, **presets.TRAINING), [0.5, 1.0]
         for step in tqdm(walk, desc=scheme, unit="step"):
             if step.progress >= moments[0]:
                 moments.pop(0)
-                speed[scheme] = step.pictures_per_second
+                speed[scheme] = step.images_per_second
                 right = fidelity(reader, step.network, step.encoder, diffusion, names, size, space, at_once=50)
                 rows.append({"scheme": scheme, "minutes": round(step.seconds / 60, 2), "pictures": (step.index + 1) * batch,
-                             "pictures/s": step.pictures_per_second, "held_out_fidelity": right})
+                             "pictures/s": step.images_per_second, "held_out_fidelity": right})
                 tqdm.write(str(rows[-1]))
     disk = [{"store": name, "MB per 1,000": (options.out / f"{name}_{size}" / "data.mdb").stat().st_size / len(pictures) / 1e3}
             for name in ("dishes", "latents")]

@@ -21,10 +21,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-import easy_diffusion.unet
-from easy_diffusion.diffusion import GaussianDiffusion
-from easy_diffusion.schedule import NoiseSchedule
-from easy_diffusion.unet import UNet
+import easy_diffusion.networks.unet
+from easy_diffusion.diffusion.gaussian import GaussianDiffusion
+from easy_diffusion.diffusion.schedule import NoiseSchedule
+from easy_diffusion.networks.unet import UNet
 
 from .report import finish
 

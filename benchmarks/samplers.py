@@ -18,10 +18,12 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tqdm.auto import tqdm
 
 from datasets.dishes import attributes, dish_names
-from datasets.dishes import draw as drawn
-from easy_diffusion import recipe
-from easy_diffusion.metrics import frechet_distance, kernel_distance, reader_features, share
-from easy_diffusion.samplers import ddim, ddpm, dpm_solver, heun, to_pictures
+from datasets.dishes import draw_dish as drawn
+from easy_diffusion import generate, presets
+from easy_diffusion.diffusion.samplers import ddim, ddpm, dpm_solver, heun
+from easy_diffusion.evaluation.attribute_classifier import classifier_features, prompt_accuracy
+from easy_diffusion.evaluation.metrics import frechet_distance, kernel_distance
+from easy_diffusion.images import to_uint8
 
 from .fidelity import trained_reader
 from .report import finish
@@ -38,12 +40,12 @@ def draw(model, names, sampler, steps, size, bar):
     parts, start = [], time.perf_counter()
     for first in range(0, len(names), 100):
         some = names[first:first + 100]
-        denoise = recipe.guided_denoiser(network, encoder, diffusion, some, guidance=2.0)
+        denoise = generate.guided_denoiser(network, encoder, diffusion, some, guidance=2.0)
         walk = SAMPLERS[sampler](denoise, diffusion.schedule, (len(some), 3, size, size), steps=steps,
                                  generator=torch.Generator().manual_seed(first), device=next(network.parameters()).device)
         for step in walk:
             bar.update(len(some))
-        parts.append(torch.from_numpy(to_pictures(step.x)).permute(0, 3, 1, 2))
+        parts.append(torch.from_numpy(to_uint8(step.x)).permute(0, 3, 1, 2))
     return torch.cat(parts), time.perf_counter() - start
 
 
@@ -95,31 +97,31 @@ def main():
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few pictures and steps; the figures are not kept")
     parser.add_argument("--pictures", type=int, default=200, help="drawn by each sampler")
-    parser.add_argument("--size", type=int, default=recipe.SIZE, help="side of the pictures")
+    parser.add_argument("--size", type=int, default=presets.SIZE, help="side of the pictures")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the demo's training and the reader are kept")
     options = parser.parse_args()
     size, count = options.size, (20 if options.quick else options.pictures)
-    model = recipe.build("".join(dish_names("train")))
+    model = presets.build_networks("".join(dish_names("train")))
     trained = options.out / f"model_{size}.safetensors"
     if trained.exists() or not options.quick:
-        store = recipe.prepare(options.out / f"dishes_{size}", recipe.DISHES, size)
-        recipe.fit(*model, store, trained, 2.5 if torch.cuda.is_available() else 10.0)
+        store = presets.prepare_dishes(options.out / f"dishes_{size}", presets.DISHES, size)
+        presets.train_or_load(*model, store, trained, 2.5 if torch.cuda.is_available() else 10.0)
     else:
         print("no training found: a quick run draws with a new network")
         torch.nn.ModuleList(model[:2]).eval()
     reader = trained_reader(size, 40, options.out, 1000) if options.quick else trained_reader(size, 2600, options.out)
     names = random.Random(0).sample(dish_names("train"), count)
-    real = reader_features(reader, torch.stack([torch.from_numpy(drawn(name, size, seed)) for seed, name in enumerate(names, 10 ** 6)]))
+    real = classifier_features(reader, torch.stack([torch.from_numpy(drawn(name, size, seed)) for seed, name in enumerate(names, 10 ** 6)]))
     runs = [(name, min(steps, 3)) for name, steps in RUNS] if options.quick else RUNS
     rows = []
     with tqdm(total=count * sum(steps for _, steps in runs), desc="sampling", unit="picture·step") as bar:
         for name, steps in runs:
             bar.set_postfix_str(f"{name}, {steps} steps")
             pictures, seconds = draw(model, names, name, steps, size, bar)
-            features = reader_features(reader, pictures)
+            features = classifier_features(reader, pictures)
             distance, error = kernel_distance(features, real)
             rows.append({"sampler": name, "steps": steps, "network_calls": 2 * (2 * steps - 1 if name == "Heun" else steps),
-                         "fidelity": share(reader.fully_right(pictures, [attributes(dish) for dish in names])),
+                         "fidelity": prompt_accuracy(reader.exact_matches(pictures, [attributes(dish) for dish in names])),
                          "kernel_distance": distance, "standard_error": error, "frechet_distance": frechet_distance(features, real),
                          "seconds": seconds})
             tqdm.write(str(rows[-1]))

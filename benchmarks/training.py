@@ -28,15 +28,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from datasets.dishes import attributes, dish_names
-from easy_diffusion import recipe
-from easy_diffusion.batches import batches, endless
-from easy_diffusion.diffusion import GaussianDiffusion
-from easy_diffusion.guard import in_one_go, largest_batch
-from easy_diffusion.metrics import share
-from easy_diffusion.run import fast_precision, optimizers_of
-from easy_diffusion.schedule import NoiseSchedule
-from easy_diffusion.train import train
-from easy_diffusion.unet import UNet
+from easy_diffusion import presets
+from easy_diffusion.diffusion.gaussian import GaussianDiffusion
+from easy_diffusion.diffusion.schedule import NoiseSchedule
+from easy_diffusion.diffusion.timesteps import logit_normal_timesteps
+from easy_diffusion.evaluation.attribute_classifier import prompt_accuracy
+from easy_diffusion.networks.unet import UNet
+from easy_diffusion.training.data_loader import infinite_batches, make_loader
+from easy_diffusion.training.distributed import fast_precision
+from easy_diffusion.training.memory import find_largest_batch, run_unsplit
+from easy_diffusion.training.optimizers import build_optimizers
+from easy_diffusion.training.trainer import train
 
 from .fidelity import LEAST_READER_ACCURACY, drawings, fidelity, trained_reader
 from .report import finish
@@ -48,32 +50,32 @@ GOAL = 0.8
 
 def parts():
     torch.manual_seed(0)
-    return recipe.build("".join(dish_names("train")))
+    return presets.build_networks("".join(dish_names("train")))
 
 
 def ours(store, minutes=1e6, **changes):
     """Yields (network, encoder, diffusion, seconds) after each step, the averages."""
     network, encoder, diffusion = parts()
-    for step in recipe.training(network, encoder, diffusion, store, None, minutes, **changes):
+    for step in presets.train_demo(network, encoder, diffusion, store, None, minutes, **changes):
         yield step.network, step.encoder, diffusion, step.seconds
 
 
 def diffusers_way(store, minutes=1e6, learning_rate=1e-4):
     """The same of the peer's loop; its network and encoder are ours, and our samplers draw with them."""
     network, encoder, _ = parts()
-    diffusion = GaussianDiffusion(NoiseSchedule.cosine(1000), predicts="v")
+    diffusion = GaussianDiffusion(NoiseSchedule.cosine(1000), prediction_type="v")
     noise_scheduler = DDPMScheduler(1000, trained_betas=diffusion.schedule.betas.float().numpy(), prediction_type="v_prediction")
     accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision=fast_precision())
     weights = [*network.parameters(), *encoder.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     rates = get_scheduler("constant_with_warmup", optimizer=optimizer, num_warmup_steps=100)
-    network, encoder, optimizer, loader, rates = accelerator.prepare(network, encoder, optimizer, batches(store, recipe.BATCH), rates)
-    averages = [EMAModel(module.parameters(), decay=recipe.TRAINING["ema"]) for module in (network, encoder)]
+    network, encoder, optimizer, loader, rates = accelerator.prepare(network, encoder, optimizer, make_loader(store, presets.BATCH), rates)
+    averages = [EMAModel(module.parameters(), decay=presets.TRAINING["ema"]) for module in (network, encoder)]
     for average in averages:
         average.to(accelerator.device)
     start, paused = time.perf_counter(), 0.0
     shown_network, shown_encoder, _ = parts()
-    for pictures, captions in endless(loader):
+    for pictures, captions in infinite_batches(loader):
         with accelerator.accumulate(network):
             pixels = pictures.to(accelerator.device).float() / 127.5 - 1
             noise = torch.randn_like(pixels)
@@ -109,17 +111,17 @@ def shown(network, encoder, device):
     return network, encoder
 
 
-def bare(store, optimize=True, muon_learning_rate=recipe.TRAINING["muon_learning_rate"]):
+def bare(store, optimize=True, muon_learning_rate=presets.TRAINING["muon_learning_rate"]):
     """No average, no clipping, no check, no log: a batch, noise, forward, backward and, if wanted, the optimizers."""
     network, encoder, diffusion = parts()
     network, encoder = network.to(DEVICE).train(), encoder.to(DEVICE).train()
-    optimizers = optimizers_of([*network.parameters(), *encoder.parameters()], recipe.TRAINING["learning_rate"], muon_learning_rate)
-    generator, batch = torch.Generator(DEVICE).manual_seed(0), next(iter(batches(store, recipe.BATCH)))
-    for pictures, captions in endless(batches(store, recipe.BATCH)) if optimize else itertools.repeat(batch):
+    optimizers = build_optimizers([*network.parameters(), *encoder.parameters()], presets.TRAINING["learning_rate"], muon_learning_rate)
+    generator, batch = torch.Generator(DEVICE).manual_seed(0), next(iter(make_loader(store, presets.BATCH)))
+    for pictures, captions in infinite_batches(make_loader(store, presets.BATCH)) if optimize else itertools.repeat(batch):
         x0 = pictures.to(DEVICE).float() / 127.5 - 1
         with torch.autocast(DEVICE, torch.bfloat16, enabled=fast_precision() == "bf16"):
             states, mask = encoder(list(captions))
-            t = recipe.logit_normal_timesteps(len(x0), len(diffusion), generator)
+            t = logit_normal_timesteps(len(x0), len(diffusion), generator)
             loss = diffusion.loss(network, x0, t, states, mask, generator).mean()
         loss.backward()
         for optimizer, _ in optimizers:
@@ -134,7 +136,7 @@ def speeds(store, rounds, steps) -> list[dict]:
     loops = {"ours, Muon": ours(store), "bare, Muon": bare(store), "ours, AdamW": ours(store, muon_learning_rate=None),
              "bare, AdamW": bare(store, muon_learning_rate=None), "diffusers' way, AdamW": diffusers_way(store),
              "forward and backward alone": bare(store, optimize=False)}
-    for _ in batches(store, recipe.BATCH):                                  # whoever reads a picture first should not pay for the disk
+    for _ in make_loader(store, presets.BATCH):                                  # whoever reads a picture first should not pay for the disk
         pass
     times = {name: [] for name in loops}
     for turn in tqdm(range(rounds + 1), desc="loops, turn by turn", unit="round"):
@@ -147,7 +149,7 @@ def speeds(store, rounds, steps) -> list[dict]:
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
             times[name] += [(time.perf_counter() - start) / steps] if turn else []
-    return [{"loop": name, "ms a step": 1000 * statistics.median(values), "pictures/s": recipe.BATCH / statistics.median(values)}
+    return [{"loop": name, "ms a step": 1000 * statistics.median(values), "pictures/s": presets.BATCH / statistics.median(values)}
             for name, values in times.items()]
 
 
@@ -170,14 +172,14 @@ def time_to_goal(name, loop, reader, names, size, every, bar) -> dict:
 def precisions(store, quick) -> list[dict]:
     """On a GPU: fp32, bf16 and compiled bf16, beside the share of the bf16 matrix rate."""
     network, encoder, diffusion = parts()
-    pictures, captions = next(iter(batches(store, recipe.BATCH)))
+    pictures, captions = next(iter(make_loader(store, presets.BATCH)))
     with FlopCounterMode(display=False) as counter:
         diffusion.loss(network, pictures.float() / 127.5 - 1, torch.zeros(len(pictures), dtype=torch.int64), *encoder(list(captions)),
                        torch.Generator()).mean().backward()
     rows = []
     for precision, compiled in (("no", False), ("bf16", False), ("bf16", True)):
         network, encoder, diffusion = parts()
-        walk = train(network, diffusion, batches(store, recipe.BATCH), encoder, steps=120, compile=compiled, **recipe.TRAINING,
+        walk = train(network, diffusion, make_loader(store, presets.BATCH), encoder, steps=120, compile=compiled, **presets.TRAINING,
                      accelerator=fresh_accelerator(precision))
         for step in itertools.islice(walk, 20):
             pass
@@ -185,7 +187,7 @@ def precisions(store, quick) -> list[dict]:
         for step in walk:
             pass
         each = (time.perf_counter() - start) / 100
-        rows.append({"precision": precision, "compiled": compiled, "ms a step": 1000 * each, "pictures/s": recipe.BATCH / each,
+        rows.append({"precision": precision, "compiled": compiled, "ms a step": 1000 * each, "pictures/s": presets.BATCH / each,
                      "share of the bf16 matrix rate": counter.get_total_flops() / each / matrix_rate()})
     return rows
 
@@ -212,10 +214,10 @@ class Words(torch.nn.Module):
 def largest() -> int:
     """The largest power of two of pictures at 3×128×128 for a training step of the first version's network."""
     def step(count):
-        network, diffusion = UNet.easy_diffusion_2023(), GaussianDiffusion(NoiseSchedule.linear(1000), predicts="noise")
+        network, diffusion = UNet.easy_diffusion_2023(), GaussianDiffusion(NoiseSchedule.linear(1000), prediction_type="eps")
         loader = [(torch.zeros(count, 3, 128, 128, dtype=torch.uint8), [""] * count)]
-        in_one_go(train(network, diffusion, loader, Words(), steps=2))
-    return largest_batch(step)
+        run_unsplit(train(network, diffusion, loader, Words(), steps=2))
+    return find_largest_batch(step)
 
 
 def main():
@@ -225,8 +227,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=5.0 if DEVICE == "cuda" else 15.0, help="of each training, at most")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the drawn dishes and the reader are kept")
     options = parser.parse_args()
-    size, minutes, count = (32, 0.1, 10) if options.quick else (recipe.SIZE, options.minutes, 200)
-    store = recipe.prepare(options.out / f"dishes_{size}", 200 if options.quick else recipe.DISHES, size)
+    size, minutes, count = (32, 0.1, 10) if options.quick else (presets.SIZE, options.minutes, 200)
+    store = presets.prepare_dishes(options.out / f"dishes_{size}", 200 if options.quick else presets.DISHES, size)
     rows = speeds(store, *((2, 2) if options.quick else (15, 10)))
     ms = {row["loop"]: row["ms a step"] for row in rows}
     claims = {"overhead": ms["ours, Muon"] / ms["bare, Muon"] - 1, "overhead_adamw": ms["ours, AdamW"] / ms["bare, AdamW"] - 1,
@@ -235,7 +237,7 @@ def main():
 
     reader = trained_reader(size, 40, options.out, 1000) if options.quick else trained_reader(size, 2600, options.out)
     pictures, names = drawings(100 if options.quick else 2000, size, "held_out", 102)
-    claims["reader_accuracy"] = share(reader.fully_right(pictures, [attributes(name) for name in names]))
+    claims["reader_accuracy"] = prompt_accuracy(reader.exact_matches(pictures, [attributes(name) for name in names]))
     if claims["reader_accuracy"] < LEAST_READER_ACCURACY and not options.quick:
         raise SystemExit(f"the reader reads {claims['reader_accuracy']:.1%} of drawings right: it measures nothing")
     names = random.Random(0).sample(dish_names("held_out"), count)

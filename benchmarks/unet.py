@@ -13,12 +13,13 @@ import time
 
 import torch
 from diffusers import UNet2DConditionModel
+from easy_diffusion.diffusion.prediction import Denoiser, Prediction
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from easy_diffusion.samplers import Denoiser, Prediction, guided
-from easy_diffusion.stable_diffusion import save
-from easy_diffusion.unet import UNet
+from easy_diffusion.diffusion.guidance import guided
+from easy_diffusion.networks.stable_diffusion_weights import save_stable_diffusion
+from easy_diffusion.networks.unet import UNet
 
 from .report import finish
 
@@ -61,7 +62,7 @@ def pair(options):
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.02)
     with tempfile.TemporaryDirectory() as folder:
-        save(network, folder)
+        save_stable_diffusion(network, folder)
         peer = UNet2DConditionModel.from_pretrained(folder)
     return network.to(DEVICE), peer.to(DEVICE)
 
@@ -96,7 +97,7 @@ def works(network, peer, shape, compiled):
     ours, theirs = (torch.compile(network), torch.compile(peer)) if compiled else (network, peer)
     text, nothing = (Denoiser(ours, lambda output, x_t, t: Prediction(output, output), words[part], mask[part])
                      for part in (slice(half), slice(half, None)))
-    nothing.prediction = text.prediction
+    nothing.to_prediction = text.to_prediction
     guide = guided(text, nothing, 4.0)
 
     def guide_theirs(x, t):                                                 # as diffusers' pipelines do it

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 # What Pillow and its like raise for a file that is no picture.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error, EOFError, Image.DecompressionBombError)
-LONGEST = 20                                                                # sides of 20 : 1 are no photograph
+MAX_ASPECT_RATIO = 20                                                                # sides of 20 : 1 are no photograph
 
 
 class AiposFood(torch.utils.data.Dataset):
@@ -49,11 +49,11 @@ class AiposFood(torch.utils.data.Dataset):
         if crop not in ("centre", "random"):
             raise ValueError(f'crop is "centre" or "random", not {crop!r}')
         self.size, self.crop, self.flip, self.files, self.names, self.skipped = size, crop, flip, [], [], 0
-        files = dish_files(folder)
+        files = list_photos(folder)
         for file, name in tqdm(files, desc=f"opening {folder}", unit="photograph", delay=2, leave=False):
             try:
-                photograph(file, 32)
-                if split is None or (share_of_hash(file) < held_out) == (split == "test"):
+                load_photo(file, 32)
+                if split is None or (hash_fraction(file) < held_out) == (split == "test"):
                     self.files.append(file)
                     self.names.append(name)
             except UNREADABLE as error:
@@ -75,13 +75,13 @@ class AiposFood(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         where = torch.rand(2).tolist() if self.crop == "random" else (0.5, 0.5)
-        picture = torch.from_numpy(photograph(self.files[index], self.size, where)).permute(2, 0, 1)
+        picture = torch.from_numpy(load_photo(self.files[index], self.size, where)).permute(2, 0, 1)
         if self.flip and torch.rand(()) < 0.5:
             picture = picture.flip(2)
         return picture.contiguous(), self.names[index]
 
 
-def dish_files(folder) -> list[tuple[Path, str]]:
+def list_photos(folder) -> list[tuple[Path, str]]:
     """(file, dish name) of every picture, sorted; of a HowToCook dish the finished one alone. FileNotFoundError without a folder."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -89,11 +89,11 @@ def dish_files(folder) -> list[tuple[Path, str]]:
     if (folder / "dishes").is_dir():
         folder = folder / "dishes"
     plain = [(file, file.parent.name) for file in folder.glob("*/*") if file.is_file() and file.suffix != ".md"]
-    howtocook = [(finished_dish(dish), dish.name) for dish in folder.glob("*/*") if dish.is_dir() and any(dish.glob("*.md"))]
+    howtocook = [(find_finished_dish(dish), dish.name) for dish in folder.glob("*/*") if dish.is_dir() and any(dish.glob("*.md"))]
     return sorted(plain + [(file, name) for file, name in howtocook if file is not None])
 
 
-def finished_dish(folder: Path) -> Path | None:
+def find_finished_dish(folder: Path) -> Path | None:
     """The photograph of the finished dish, among those of its steps; None where there is none.
 
     It is the one that is called 成品 (finished) or after the dish; else the one that the recipe shows as such, or first; else the only
@@ -112,16 +112,16 @@ def finished_dish(folder: Path) -> Path | None:
     return pictures[-1] if pictures else None
 
 
-def share_of_hash(file) -> float:
+def hash_fraction(file) -> float:
     """A number from 0 to 1 that depends on a file's content alone."""
     return int.from_bytes(hashlib.blake2b(Path(file).read_bytes(), digest_size=8).digest(), "big") / 2 ** 64
 
 
-def photograph(file, size: int, where: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+def load_photo(file, size: int, where: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
     """A picture, a file or a stream, upright, a square of it scaled to uint8 [size, size, 3]. where: the square's place from left to right
     and from top to bottom, 0 … 1. Raises OSError for a file that is damaged, ValueError for a strip."""
     with Image.open(file) as image:
-        if max(image.size) > LONGEST * min(image.size):
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(f"a strip of {image.size[0]}×{image.size[1]} pixels")
         image.draft("RGB", (size, size))                                    # a large JPEG is decoded at a fraction of its size
         try:

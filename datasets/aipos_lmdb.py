@@ -9,7 +9,7 @@ lmdb_store.py.
 >>> folder = pathlib.Path(tempfile.mkdtemp())
 >>> (folder / "photos" / "番茄汤").mkdir(parents=True)
 >>> Image.new("RGB", (90, 60), "red").save(folder / "photos" / "番茄汤" / "1.jpg")
->>> build(folder / "photos", folder / "store", size=32, bar=False)
+>>> build(folder / "photos", folder / "store", size=32, show_progress=False)
 (1, {})
 >>> picture, name = AiposFoodLmdb(folder / "store")[0]
 >>> tuple(picture.shape), name
@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from .aipos import dish_files, photograph
+from .aipos import list_photos, load_photo
 from .lmdb_store import ImageCaptionStore, store_files
 
 
@@ -37,12 +37,12 @@ class AiposFoodLmdb(ImageCaptionStore):
         return picture.flip(2) if self.flip and torch.rand(()) < 0.5 else picture, name
 
 
-def build(photos, store, size: int = 128, bar: bool = True) -> tuple[int, dict[str, str]]:
+def build_store(photos, store, size: int = 128, show_progress: bool = True) -> tuple[int, dict[str, str]]:
     """Write a folder of photographs into a store. Returns how many it holds and, for each file that was skipped, why."""
-    rows = [(file.relative_to(photos).as_posix(), name, file) for file, name in dish_files(photos)]
+    rows = [(file.relative_to(photos).as_posix(), name, file) for file, name in list_photos(photos)]
     if not rows:
         raise FileNotFoundError(f"no picture in {photos}: it should hold a folder for each dish name, with pictures inside")
-    return store_files(store, rows, partial(photograph, size=size), {"size": size}, bar)
+    return store_files(store, rows, partial(load_photo, size=size), {"size": size}, show_progress)
 
 
 def main(arguments=None):
@@ -53,7 +53,7 @@ def main(arguments=None):
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        count, skipped = build(options.photos, options.store, options.size)
+        count, skipped = build_store(options.photos, options.store, options.size)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for file, reason in skipped.items():

@@ -259,14 +259,14 @@ def _grid(pixels, reach, angle=0.0):
 VARIANTS, TURNS = 3, 12
 
 
-def piece(name, variant, turn, pixels):
+def render_piece(name, variant, turn, pixels):
     """One of an ingredient's pieces, turned by `turn` twelfths of a circle; pixels: its radius. [6, h, w]"""
-    draw = _piece if pixels <= 40 else _piece.__wrapped__                   # small ones are kept: up to 130 MB
+    draw = _render_piece if pixels <= 40 else _render_piece.__wrapped__                   # small ones are kept: up to 130 MB
     return draw(name, variant, turn, pixels)
 
 
 @lru_cache(maxsize=4096)
-def _piece(name, variant, turn, pixels):
+def _render_piece(name, variant, turn, pixels):
     look, side = INGREDIENTS[name], max(4, round(2.3 * pixels))
     u, v = _grid(side, 1.15, turn * np.pi / 6)
     outline, height, tone = look.shape(u, v, np.random.default_rng([variant, zlib.crc32(name.encode())]))
@@ -275,7 +275,7 @@ def _piece(name, variant, turn, pixels):
 
 
 @lru_cache(maxsize=256)
-def vessel(way, pixels):
+def render_vessel(way, pixels):
     """The empty vessel; pixels: its radius. [6, h, w]"""
     side = round(2.6 * pixels)
     x, y = _grid(side, 1.3)
@@ -304,7 +304,7 @@ def vessel(way, pixels):
 
 
 @lru_cache(maxsize=64)
-def table(kind, pixels):
+def render_table(kind, pixels):
     """A table of planks, cloth or stone that tiles, [5, pixels, pixels]: colour, height, gloss."""
     x, y = (np.pi * c for c in _grid(pixels, 1.0))
     if kind < 2:

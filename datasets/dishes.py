@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .dish_shapes import INGREDIENTS, TABLES, TURNS, VARIANTS, piece, table, vessel
+from .dish_shapes import INGREDIENTS, TABLES, TURNS, VARIANTS, render_piece, render_table, render_vessel
 
 
 class Attributes(NamedTuple):
@@ -145,7 +145,7 @@ def _positions(way, ingredients, rng):
     return x, y, (k + rng.integers(2)) % len(ingredients)             # in turn, so that none is hidden
 
 
-def draw(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
+def draw_dish(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
     """The picture of a dish, uint8 [3, size, size]; the same (name, seed) gives the same dish at every size, 32 … 512.
 
     Raises ValueError for a name that is no dish, and for another size.
@@ -156,13 +156,13 @@ def draw(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     n = size * 2 if size <= 128 else size                           # small pictures are drawn twice as large, then halved
     kind, shift = rng.integers(len(TABLES)), rng.random(2)
-    canvas = np.roll(table(int(kind), n), tuple((shift * n).astype(int)), (1, 2))
+    canvas = np.roll(render_table(int(kind), n), tuple((shift * n).astype(int)), (1, 2))
     canvas[:3] *= rng.uniform(0.9, 1.1)
     radius = n / 2 * (0.78 + 0.04 * rng.integers(4))
     if way in ("砂锅", "铁板"):
         radius *= 0.92                                              # their ears and corners reach further
     centre = n / 2 + n * rng.uniform(-0.05, 0.05, 2)
-    _paste(canvas, vessel(way, round(radius)), *centre, tint=rng.uniform(0.92, 1.04))
+    _paste(canvas, render_vessel(way, round(radius)), *centre, tint=rng.uniform(0.92, 1.04))
     tints = rng.uniform(0.9, 1.1, (2, 1)) * rng.uniform(0.95, 1.05, (2, 3))
     x, y, which = _positions(WAYS[way], ingredients, rng)
     if way == "铁板":
@@ -171,7 +171,7 @@ def draw(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
     brightness = rng.uniform(0.94, 1.06, len(x))
     for i, chosen in enumerate(which):
         name = ingredients[chosen]
-        sprite = piece(name, int(variant[i]), int(turn[i]), round(INGREDIENTS[name].reach * radius))
+        sprite = render_piece(name, int(variant[i]), int(turn[i]), round(INGREDIENTS[name].reach * radius))
         px, py = centre[0] + x[i] * radius, centre[1] + y[i] * radius
         lift = 0.6 * canvas[3, int(py), int(px)] + 0.02             # it leans on what lies there already
         _paste(canvas, sprite, px, py, lift, tints[chosen] * brightness[i], sink=0.12 if way == "汤" else 0.0)
@@ -203,4 +203,4 @@ class Dishes(torch.utils.data.Dataset):
         seed = self.seed * 1_000_003 + index
         chance = random.Random(seed)
         name = chance.choice(self.of_one if chance.random() < 0.125 else self.of_two)
-        return torch.from_numpy(draw(name, self.size, seed)), name
+        return torch.from_numpy(draw_dish(name, self.size, seed)), name

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .lmdb_store import ABOUT, ImageCaptionStore, about_of, commit, header_of, key_of, read_record, settle, writing
+from .lmdb_store import METADATA_KEY, ImageCaptionStore, commit, decode_header, open_writer, read_metadata, read_record, record_key, recover
 
 LAYOUT, VERSION = "easy-diffusion latents", 1
 
@@ -39,7 +39,7 @@ class LatentLmdb(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder, fingerprint: str | None = None):
-        self.folder, about = str(folder), about_latents(folder)
+        self.folder, about = str(folder), read_latents_metadata(folder)
         if about is None:
             raise FileNotFoundError(f"no latents in {folder}: `encode_store` writes them")
         if fingerprint is not None and about["fingerprint"] != fingerprint:
@@ -51,22 +51,22 @@ class LatentLmdb(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index):
-        (mean, deviation), caption = read_record(self.folder, index, self.length, unpack)
+        (mean, deviation), caption = read_record(self.folder, index, self.length, decode_latent_record)
         return mean + deviation * torch.randn(mean.shape), caption
 
 
-def unpack(record) -> tuple[torch.Tensor, str]:
+def decode_latent_record(record) -> tuple[torch.Tensor, str]:
     """(mean and deviation float32 [2, Z, h, w], caption) of a record, of one of its F views by chance."""
-    header = header_of(record)
+    header = decode_header(record)
     size, = struct.unpack_from("<I", record)
     latents = torch.frombuffer(bytearray(record[4 + size:]), dtype=torch.float16).view(header["shape"])     # [F, 2, Z, h, w]
     return latents[int(torch.randint(len(latents), ()))].float(), header["caption"]
 
 
-def about_latents(folder) -> dict | None:
+def read_latents_metadata(folder) -> dict | None:
     """What a folder of latents says of itself: its "count" and its "fingerprint"; None where there is nothing yet. ValueError for an LMDB
     of something else."""
-    about = about_of(folder)
+    about = read_metadata(folder)
     if about is None:
         return None
     try:
@@ -87,8 +87,8 @@ def encode_store(pictures, folder, encode: Callable, fingerprint: str, mirrored:
     that is another for another autoencoder. mirrored: encode the mirrored pictures, too. Raises ValueError for a folder that holds latents
     of another autoencoder, of other pictures, or of another choice of `mirrored`.
     """
-    settle(folder)
-    store, about = ImageCaptionStore(pictures), about_latents(folder)
+    recover(folder)
+    store, about = ImageCaptionStore(pictures), read_latents_metadata(folder)
     wanted = {"layout": LAYOUT, "version": VERSION, "fingerprint": fingerprint, "mirrored": mirrored}
     done = about.pop("count") if about is not None else 0
     if about is not None and about != wanted:
@@ -98,7 +98,7 @@ def encode_store(pictures, folder, encode: Callable, fingerprint: str, mirrored:
         raise ValueError(f"{folder} holds latents of other pictures than those of {pictures}")
     if done == len(store):
         return
-    with writing(folder) as environment:
+    with open_writer(folder) as environment:
         before = json.dumps(wanted | {"count": done}).encode() if about is not None else None
         for first in range(done, len(store), batch):
             some, captions = zip(*[store[i] for i in range(first, min(first + batch, len(store)))])
@@ -109,9 +109,9 @@ def encode_store(pictures, folder, encode: Callable, fingerprint: str, mirrored:
                 raise ValueError(f"the latents of records {first} to {first + len(some) - 1} are not finite in float16")
             headers = [json.dumps({"caption": caption, "shape": list(latents.shape[1:])}, ensure_ascii=False).encode()
                        for caption in captions]
-            rows = [(key_of(first + i), struct.pack("<I", len(header)) + header + latent.numpy().tobytes())
+            rows = [(record_key(first + i), struct.pack("<I", len(header)) + header + latent.numpy().tobytes())
                     for i, (header, latent) in enumerate(zip(headers, latents))]
             now = json.dumps(wanted | {"count": first + len(some)}).encode()
-            commit(environment, [*rows, (ABOUT, now)], before)
+            commit(environment, [*rows, (METADATA_KEY, now)], before)
             before = now
             yield first + len(some)

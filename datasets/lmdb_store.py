@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 # What Pillow and its like raise for a file that is no picture.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error, EOFError, Image.DecompressionBombError)
 LAYOUT, VERSION = "easy-diffusion image-caption", 2                         # version 1 had image files alone
-ABOUT = b"about"
+METADATA_KEY = b"about"
 _environments, _writers = {}, set()
 
 
@@ -54,47 +54,47 @@ class ImageCaptionStore(torch.utils.data.Dataset):
         self.folder = str(folder)
         if not (Path(folder) / "data.mdb").is_file():
             raise FileNotFoundError(f"no store in {folder}: `append` writes one")
-        self.length = count(folder)
+        self.length = count_records(folder)
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
-        picture, header = read_record(self.folder, index, self.length, unpack)
+        picture, header = read_record(self.folder, index, self.length, decode_record)
         return picture, header["caption"]
 
 
-def read_record(folder, index: int, length: int, unpack: Callable):
+def read_record(folder, index: int, length: int, decode_record: Callable):
     """What `unpack` makes of record `index` of `length`, a buffer that is valid until it returns. Raises IndexError, KeyError where it is
     missing, ValueError where it is damaged."""
     if not 0 <= index < length:
         raise IndexError(f"record {index} of {length} in {folder}")
-    with reading(folder) as transaction:
-        record = transaction.get(key_of(index))
+    with open_reader(folder) as transaction:
+        record = transaction.get(record_key(index))
         if record is None:
             raise KeyError(f"record {index} is missing in {folder}, which should hold {length}")
         try:
-            return unpack(record)
+            return decode_record(record)
         except (*UNREADABLE, KeyError) as error:
             raise ValueError(f"record {index} in {folder} is damaged: {error}") from error
 
 
-def count(folder) -> int:
+def count_records(folder) -> int:
     """How many records a folder's store holds; 0 where there is none. Raises ValueError for an LMDB that is not a store."""
-    return _count_of(about_of(folder), folder)
+    return _parse_count(read_metadata(folder), folder)
 
 
-def about_of(folder) -> bytes | None:
+def read_metadata(folder) -> bytes | None:
     """What a store says of itself; None where there is nothing yet, b"" for an LMDB that does not say."""
     file = Path(folder) / "data.mdb"
     if not file.is_file() or file.stat().st_size == 0:                      # empty: a writer was killed as it began
         return None
-    with reading(folder) as transaction:
-        about = transaction.get(ABOUT)
+    with open_reader(folder) as transaction:
+        about = transaction.get(METADATA_KEY)
         return bytes(about) if about is not None else b"" if transaction.stat()["entries"] else None
 
 
-def _count_of(about, folder):
+def _parse_count(about, folder):
     if about is None:
         return 0
     try:
@@ -110,26 +110,26 @@ def _count_of(about, folder):
     return about["count"]
 
 
-def append(folder, records: Iterable, per_transaction: int = 256) -> Iterator[int]:
+def append_records(folder, records: Iterable, per_transaction: int = 256) -> Iterator[int]:
     """Write (picture, caption) records after those that are there; yields the number of records after each, once they are committed.
 
     A third part of a record may be a dict of further columns that JSON can hold, for its header. A picture is uint8 [3, H, W], or the
     bytes of an image file; either is stored as it is. Killed at any moment, the store holds whole transactions:
     `count` tells from which record to go on. It grows as it must.
     """
-    with writing(folder) as environment:
-        about, records = about_of(folder), iter(records)                    # once: another process may be writing, too
-        present = _count_of(about, folder)
-        while packed := [pack(*record) for record in itertools.islice(records, per_transaction)]:
+    with open_writer(folder) as environment:
+        about, records = read_metadata(folder), iter(records)                    # once: another process may be writing, too
+        present = _parse_count(about, folder)
+        while packed := [encode_record(*record) for record in itertools.islice(records, per_transaction)]:
             before = about
             about = json.dumps({"layout": LAYOUT, "version": VERSION, "count": present + len(packed)}).encode()
-            commit(environment, [*((key_of(present + i), record) for i, record in enumerate(packed)), (ABOUT, about)], before)
+            commit(environment, [*((record_key(present + i), record) for i, record in enumerate(packed)), (METADATA_KEY, about)], before)
             for _ in packed:
                 present += 1
                 yield present
 
 
-def store_files(folder, rows: Iterable, read: Callable, settings: dict, bar: bool = True, total: int | None = None):
+def store_files(folder, rows: Iterable, read: Callable, settings: dict, show_progress: bool = True, total: int | None = None):
     """Write pictures from files into a store, with a progress bar, or go on with one that was begun.
 
     rows: (name, caption, source), source a Path, an image file's bytes, or a str that says why there is none; total: how many, if they
@@ -137,16 +137,16 @@ def store_files(folder, rows: Iterable, read: Callable, settings: dict, bar: boo
     others is refused (ValueError). A picture is known by its content and caption: whoever calls again, even with new names, adds only what
     is new. Returns the number of records and, for each name that was skipped, why.
     """
-    settle(folder)
+    recover(folder)
     done, skipped = {}, {}
-    for header in headers(folder) if count(folder) else ():
+    for header in read_headers(folder) if count_records(folder) else ():
         if header.get("settings") != settings or "content" not in header:
             raise ValueError(f"{folder} was built with other settings, {header.get('settings')}, not {settings}: give it another name, or "
                              "remove it")
         done[header["content"]] = header["file"]
 
     def records():
-        for name, caption, source in tqdm(rows, f"into {folder}", total, disable=not bar, unit="picture"):
+        for name, caption, source in tqdm(rows, f"into {folder}", total, disable=not show_progress, unit="picture"):
             name, problem = name.encode("utf-8", "backslashreplace").decode(), source if isinstance(source, str) else None
             try:
                 if problem is None:
@@ -163,23 +163,23 @@ def store_files(folder, rows: Iterable, read: Callable, settings: dict, bar: boo
             if problem is not None:
                 skipped[name] = problem
 
-    for _ in append(folder, records()):
+    for _ in append_records(folder, records()):
         pass
-    return count(folder), skipped
+    return count_records(folder), skipped
 
 
-def headers(folder) -> Iterator[dict]:
+def read_headers(folder) -> Iterator[dict]:
     """The header of each record, in order; pictures are not decoded."""
-    length = count(folder)
-    return (read_record(folder, index, length, header_of) for index in range(length))
+    length = count_records(folder)
+    return (read_record(folder, index, length, decode_header) for index in range(length))
 
 
-def captions(folder) -> Iterator[str]:
+def read_captions(folder) -> Iterator[str]:
     """The caption of each record, in order."""
-    return (header["caption"] for header in headers(folder))
+    return (header["caption"] for header in read_headers(folder))
 
 
-def pack(picture, caption: str, columns: dict | None = None) -> bytes:
+def encode_record(picture, caption: str, columns: dict | None = None) -> bytes:
     """One record: header length, header, encoded picture."""
     shape = {}
     if not isinstance(picture, (bytes, bytearray)):
@@ -193,7 +193,7 @@ def pack(picture, caption: str, columns: dict | None = None) -> bytes:
     return struct.pack("<I", len(header)) + header + picture
 
 
-def header_of(record) -> dict:
+def decode_header(record) -> dict:
     """The header of one record: a dict with a caption. Raises ValueError or struct.error for something else."""
     size, = struct.unpack_from("<I", record)
     header = json.loads(bytes(record[4:4 + size]))
@@ -202,10 +202,10 @@ def header_of(record) -> dict:
     return header
 
 
-def unpack(record) -> tuple[torch.Tensor, dict]:
+def decode_record(record) -> tuple[torch.Tensor, dict]:
     """(picture uint8 [3, H, W], header) of one record, bytes or a buffer."""
     size, = struct.unpack_from("<I", record)
-    header = header_of(record)
+    header = decode_header(record)
     if "shape" in header:
         return torch.frombuffer(bytearray(record[4 + size:]), dtype=torch.uint8).view(header["shape"]), header
     with Image.open(io.BytesIO(record[4 + size:])) as image:
@@ -213,7 +213,7 @@ def unpack(record) -> tuple[torch.Tensor, dict]:
     return torch.from_numpy(picture).permute(2, 0, 1).contiguous(), header
 
 
-def key_of(index: int) -> bytes:
+def record_key(index: int) -> bytes:
     """The key of a record."""
     return b"%09d" % index
 
@@ -227,7 +227,7 @@ def commit(environment, pairs, about: bytes | None = None) -> None:
     while True:
         try:
             with environment.begin(write=True) as transaction:
-                if pairs[-1][0] == ABOUT and transaction.get(ABOUT) != about:
+                if pairs[-1][0] == METADATA_KEY and transaction.get(METADATA_KEY) != about:
                     raise RuntimeError(f"another process is writing to {environment.path()}, too: the last records of this one are "
                                        "not stored")
                 for key, value in pairs:
@@ -243,16 +243,16 @@ def commit(environment, pairs, about: bytes | None = None) -> None:
                           "stored") from error
 
 
-def settle(folder) -> None:
+def recover(folder) -> None:
     """For whoever goes on with a store, before asking `count` where. A writer that was killed on the last step of a commit leaves readers a
     transaction behind, as long as some process has the file open; the next commit mends that, and `writing` begins with one."""
-    if about_of(folder) is not None:
-        with writing(folder):
+    if read_metadata(folder) is not None:
+        with open_writer(folder):
             pass
 
 
 @contextlib.contextmanager
-def reading(folder):
+def open_reader(folder):
     """A transaction for reading a folder. LMDB must not be opened twice in a process, so there is one environment a process and file; while
     this process writes, it is the writer's. Another process may have made the store grow: then the map is taken anew."""
     file = os.stat(f"{folder}/data.mdb")
@@ -273,7 +273,7 @@ def reading(folder):
 
 
 @contextlib.contextmanager
-def writing(folder):
+def open_writer(folder):
     """The environment for writing to a folder, this process's only one while it is open. Raises RuntimeError if there is one already."""
     path = Path(folder) / "data.mdb"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,9 +291,9 @@ def writing(folder):
     _writers.add(name)
     try:
         with environment.begin(write=True) as transaction:                  # see `settle`
-            about = transaction.get(ABOUT)
+            about = transaction.get(METADATA_KEY)
             if about is not None:
-                transaction.put(ABOUT, about)
+                transaction.put(METADATA_KEY, about)
         yield environment
     finally:
         _writers.discard(name)

@@ -9,7 +9,7 @@ counted. The file needs lmdb, Pillow, numpy, torch, tqdm and, for parquet, pyarr
 >>> folder = pathlib.Path(tempfile.mkdtemp())
 >>> Image.new("RGBA", (40, 40), (255, 200, 0, 128)).save(folder / "25.png")
 >>> _ = (folder / "table.csv").write_text("file_name,zh_text\\n25.png,黄色的电老鼠\\n26.png,\\n", encoding="utf-8")
->>> build(folder / "table.csv", folder / "store", size=32, caption="zh_text", bar=False)
+>>> build(folder / "table.csv", folder / "store", size=32, caption="zh_text", show_progress=False)
 (1, {'table.csv, row 2: 26.png': 'no caption in column zh_text'})
 >>> PokemonLmdb(folder / "store")[0][1]
 '黄色的电老鼠'
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from .aipos import photograph
+from .aipos import load_photo
 from .aipos_lmdb import AiposFoodLmdb
 from .lmdb_store import store_files
 
@@ -52,13 +52,13 @@ def read_table(table) -> tuple[list[str], int, Iterable[dict | str]]:
             raise ValueError(f"{table}, line {reader.line_num}: {error}") from error
         return reader.fieldnames or [], len(rows), rows
     elif table.suffix == ".jsonl":
-        rows = [json_row(line) for line in text.split("\n") if line.strip()]
+        rows = [parse_json_row(line) for line in text.split("\n") if line.strip()]
     else:
         raise ValueError(f"a table is .csv, .jsonl or .parquet, not {table.name}")
     return list(dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)), len(rows), rows
 
 
-def json_row(line: str) -> dict | str:
+def parse_json_row(line: str) -> dict | str:
     """One line of a .jsonl file, or why it is none."""
     try:
         row = json.loads(line)
@@ -67,7 +67,7 @@ def json_row(line: str) -> dict | str:
     return row if isinstance(row, dict) else "no JSON object"
 
 
-def build(table, store, size: int = 128, caption: str = "text", image: str | None = None, bar: bool = True) -> tuple[int, dict[str, str]]:
+def build_store(table, store, size: int = 128, caption: str = "text", image: str | None = None, show_progress: bool = True) -> tuple[int, dict[str, str]]:
     """Write a table into a store. caption, image: the columns (image: file_name or image, whichever there is). Returns how many pictures
     the store holds and, for each row that was skipped, why. Raises ValueError for a column that is not there, with those that are."""
     columns, total, rows = read_table(table)
@@ -100,7 +100,7 @@ def build(table, store, size: int = 128, caption: str = "text", image: str | Non
             else:
                 yield name, words.strip(), content if isinstance(content, bytes) else place.parent / content
 
-    return store_files(store, entries(), partial(photograph, size=size), {"size": size, "caption": caption, "image": image}, bar, total)
+    return store_files(store, entries(), partial(load_photo, size=size), {"size": size, "caption": caption, "image": image}, show_progress, total)
 
 
 def main(arguments=None):
@@ -113,7 +113,7 @@ def main(arguments=None):
     parser.add_argument("--image", help="the column of pictures (default: file_name or image, whichever there is)")
     options = parser.parse_args(arguments)
     try:
-        count, skipped = build(options.table, options.store, options.size, options.caption, options.image)
+        count, skipped = build_store(options.table, options.store, options.size, options.caption, options.image)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for name, reason in skipped.items():

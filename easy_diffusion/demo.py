@@ -12,7 +12,7 @@ a crash, goes on from there. Then it samples the dish, repaints what the camera'
 
 With --latent the network learns in the space of an autoencoder, which is trained first, on the same dishes: pictures of twice the side
 at the same cost. Each dish is encoded once, and its latent kept. With --image a photograph is moved over instead of a dish that was drawn,
-with --mask a part of it is repainted first, and with --painter sd Stable Diffusion paints what is new.
+with --mask a part of it is repainted first, and with --inpainter sd Stable Diffusion paints what is new.
 
 This file is the roof of the house: it imports from everywhere, and nothing imports it. What it cooks by is recipe.py.
 
@@ -35,25 +35,29 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from datasets.aipos import photograph
-from datasets.dishes import attributes, dish_names, draw
+from datasets.aipos import load_photo
+from datasets.dishes import attributes, dish_names, draw_dish
 
-from .animate import FORMATS, animate, chinese_font, contact_sheet, mosaic, write_atomically, write_film, write_png
-from .batches import number_of
-from .camera import MOVES
-from .recipe import BATCH, DISHES, SIZE, build, fit, painter_of, prepare, prepare_latents, sample
-from .schedule import NoiseSchedule
+from .animation.camera import MOVES
+from .animation.film import FORMATS, animate, mosaic, write_film
+from .diffusion.schedule import NoiseSchedule
+from .files import write_atomically
+from .generate import generate_images, make_model_inpainter
+from .images import contact_sheet, encode_png, load_chinese_font
+from .inpainting.stable_diffusion_inpainter import load_pipeline, make_stable_diffusion_inpainter
+from .presets import BATCH, DISHES, SIZE, build_networks, prepare_dishes, prepare_latents, train_or_load
+from .training.data_loader import derive_seed
 
 
-def held_out_sheet(network, encoder, diffusion, size: int, guidance: float, autoencoder=None, count: int = 12):
+def make_held_out_sheet(network, encoder, diffusion, size: int, guidance: float, autoencoder=None, count: int = 12):
     """Held-out dishes, each as sampled and as drawn."""
     names = random.Random(0).sample(dish_names("held_out"), count)
-    sampled = sample(network, encoder, diffusion, names, size, guidance=guidance, bar=True, autoencoder=autoencoder)
-    real = [draw(name, size, seed=1).transpose(1, 2, 0) for name in names]
+    sampled = generate_images(network, encoder, diffusion, names, size, guidance=guidance, show_progress=True, autoencoder=autoencoder)
+    real = [draw_dish(name, size, seed=1).transpose(1, 2, 0) for name in names]
     return contact_sheet([list(pair) for pair in zip(sampled, real)], names, columns=3)
 
 
-def draw_curve(losses: list[float]) -> bytes:
+def plot_loss(losses: list[float]) -> bytes:
     """A PNG of the loss of each step and its mean over 100 steps, or fewer of a short training."""
     window = min(100, len(losses))
     figure = Figure(figsize=(7, 4))
@@ -79,7 +83,7 @@ def read_mask(path, of, size: int) -> np.ndarray:
         return np.asarray(ImageOps.fit(mask.convert("L"), (size, size), Image.Resampling.BILINEAR)) > 127
 
 
-def options_of(arguments) -> argparse.Namespace:
+def parse_options(arguments) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(prog="python -m easy_diffusion.demo", description=main.__doc__,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -97,14 +101,14 @@ def options_of(arguments) -> argparse.Namespace:
     parser.add_argument("--latent", action="store_true", help="train an autoencoder first, as long again, and the network in its space")
     parser.add_argument("--image", type=Path, help="a photograph to move over, instead of a dish that the network draws")
     parser.add_argument("--mask", type=Path, help="a picture as large as --image, white where that is to be repainted first")
-    parser.add_argument("--painter", choices=("own", "sd"), default="own", help="who paints what is new: the network, or Stable Diffusion")
-    parser.add_argument("--sd", type=Path, metavar="PATH", help="for --painter sd: the folder, or .safetensors file, of sd-v1-5-inpainting")
+    parser.add_argument("--inpainter", choices=("own", "sd"), default="own", help="who paints what is new: the network, or Stable Diffusion")
+    parser.add_argument("--sd", type=Path, metavar="PATH", help="for --inpainter sd: the folder, or .safetensors file, of sd-v1-5-inpainting")
     parser.add_argument("--sd-config", type=Path, metavar="FOLDER", help="for a file: a folder with the model's JSON files and tokenizer")
     parser.add_argument("--sd-size", type=int, default=512, help="side of the pictures that it works on, a multiple of 64")
     parser.add_argument("--prompt", default="delicious chinese food on a table, seen from above", help="what Stable Diffusion is told")
     parser.add_argument("--steps", type=int, default=25, help="of DDIM for a sample, and noise levels of a repaint")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1 is none")
-    parser.add_argument("--repaints", type=int, default=1, help="how often the camera moves on to something unpainted")
+    parser.add_argument("--inpaintings", type=int, default=1, help="how often the camera moves on to something unpainted")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of the film")
     parser.add_argument("--fps", type=int, default=20, help="frames a second; 10, 20 and 25 are exact in a GIF")
     parser.add_argument("--format", choices=FORMATS, default="gif", help="of the film")
@@ -114,7 +118,7 @@ def options_of(arguments) -> argparse.Namespace:
     options.size = getattr(options, "size", 2 * SIZE if options.latent else SIZE)
     if options.size % 8 or not 32 <= options.size <= 512:
         parser.error(f"--size is a multiple of 8 from 32 to 512, not {options.size}")
-    for option, least in (("minutes", 1e-3), ("dishes", BATCH), ("steps", 1), ("repaints", 1), ("seconds", 0.1), ("fps", 1), ("show", 16)):
+    for option, least in (("minutes", 1e-3), ("dishes", BATCH), ("steps", 1), ("inpaintings", 1), ("seconds", 0.1), ("fps", 1), ("show", 16)):
         if getattr(options, option) < least:
             parser.error(f"--{option} is {least} or more, not {getattr(options, option)}")
     if options.steps > len(NoiseSchedule.cosine()):
@@ -124,8 +128,8 @@ def options_of(arguments) -> argparse.Namespace:
             parser.error(f"a dish's name has 1 to 31 characters and no slash, not {name!r}")
     if options.guidance < 1:
         parser.error(f"--guidance is 1 or more, not {options.guidance}")
-    if (options.painter == "sd") != (options.sd is not None) or (options.sd_config and not options.sd):
-        parser.error("--painter sd and --sd PATH, the folder or .safetensors file of sd-v1-5-inpainting, go together")
+    if (options.inpainter == "sd") != (options.sd is not None) or (options.sd_config and not options.sd):
+        parser.error("--inpainter sd and --sd PATH, the folder or .safetensors file of sd-v1-5-inpainting, go together")
     if options.sd and not options.sd.exists():
         parser.error(f"no Stable Diffusion at {options.sd}")
     if options.sd_size < 64 or options.sd_size % 64:
@@ -136,7 +140,7 @@ def options_of(arguments) -> argparse.Namespace:
         if options.names:
             parser.error(f"either --image {options.image} or names of dishes, not both: {'、'.join(options.names)}")
         try:
-            photograph(options.image, options.size)
+            load_photo(options.image, options.size)
             if options.mask:
                 read_mask(options.mask, options.image, options.size)
         except (OSError, ValueError) as wrong:
@@ -147,11 +151,10 @@ def options_of(arguments) -> argparse.Namespace:
 
 def main(arguments=None) -> int:
     """Draw, train, sample, animate; see the module's docstring."""
-    options, start = options_of(arguments), time.perf_counter()
-    chinese_font(12)                                                        # without one it would fail at the end
+    options, start = parse_options(arguments), time.perf_counter()
+    load_chinese_font(12)                                                        # without one it would fail at the end
     artist = None                                                           # who paints: Stable Diffusion's pipeline, or the demo's model
-    if options.painter == "sd":
-        from .sd_painter import load_pipeline
+    if options.inpainter == "sd":
         artist = load_pipeline(options.sd, options.sd_config)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     moves, written = MOVES if options.move == "all" else [options.move], []
@@ -163,25 +166,25 @@ def main(arguments=None) -> int:
                 attributes(name)
             except ValueError as unknown:
                 print(f"note: {unknown} The network has not learned this one; it will do what it can.", flush=True)
-    if not options.image or options.painter == "own":
-        model, pictures = trained(options)
+    if not options.image or options.inpainter == "own":
+        model, pictures = prepare_model(options)
         artist, written = artist or model, [*written, *pictures]
 
     if options.image:
-        dishes = [photograph(options.image, options.size if options.painter == "own" else options.sd_size)]
+        dishes = [load_photo(options.image, options.size if options.inpainter == "own" else options.sd_size)]
     else:
         network, encoder, diffusion, autoencoder = model
-        dishes = sample(network, encoder, diffusion, options.names, options.size, options.steps, options.guidance, options.seed, bar=True,
+        dishes = generate_images(network, encoder, diffusion, options.names, options.size, options.steps, options.guidance, options.seed, show_progress=True,
                         autoencoder=autoencoder)
     films = {}
     for name, dish in zip(options.names, dishes):
         if options.mask:
-            dish = painters_of(options, artist, name, "mask")[0](dish, read_mask(options.mask, options.image, len(dish)))
+            dish = make_inpainters(options, artist, name, "mask")[0](dish, read_mask(options.mask, options.image, len(dish)))
         written.append(options.out / f"{name}.png")
-        write_png(written[-1], contact_sheet([[dish]], [name], columns=1, side=options.show))
+        write_atomically(written[-1], encode_png(contact_sheet([[dish]], [name], columns=1, side=options.show)))
         for move in tqdm(moves, desc=f"films of {name}", unit="film", disable=len(moves) == 1):
-            beside, around = painters_of(options, artist, name, move)
-            films[name, move] = animate(dish, move, beside, around=around, repaints=options.repaints, seconds=options.seconds,
+            beside, around = make_inpainters(options, artist, name, move)
+            films[name, move] = animate(dish, move, beside, inpaint_around=around, inpaintings=options.inpaintings, seconds=options.seconds,
                                         fps=options.fps, size=(options.show, options.show), reverse=options.reverse)
             written.append(options.out / f"{name}_{move}.{options.format}")
             write_film(written[-1], films[name, move], options.fps)
@@ -197,40 +200,39 @@ def main(arguments=None) -> int:
     return 0
 
 
-def painters_of(options, artist, name: str, move: str) -> tuple:
+def make_inpainters(options, artist, name: str, move: str) -> tuple:
     """Painters of what lies beside the dish, and around it; of one seed the same for this move, whatever else is filmed."""
-    seed = number_of(options.seed, move)
+    seed = derive_seed(options.seed, move)
 
-    def watch(walk):
+    def progress(walk):
         return tqdm(walk, desc=f"{name}, {move}: repainting", unit="step", leave=False)
 
-    if options.painter == "sd":
-        from .sd_painter import stable_diffusion_painter
-        paint = stable_diffusion_painter(artist, options.prompt, size=options.sd_size, steps=options.steps, watch=watch,
+    if options.inpainter == "sd":
+        paint = make_stable_diffusion_inpainter(artist, options.prompt, size=options.sd_size, steps=options.steps, progress=progress,
                                          generator=torch.Generator().manual_seed(seed))
         return paint, paint
     # Beside a dish lies another helping of it; around it there is a table, of which its name says nothing.
-    around = painter_of(*artist, "", options.steps, 1.0, seed, watch)
-    return around if options.image else painter_of(*artist, name, options.steps, options.guidance, seed, watch), around
+    around = make_model_inpainter(*artist, "", options.steps, 1.0, seed, progress)
+    return around if options.image else make_model_inpainter(*artist, name, options.steps, options.guidance, seed, progress), around
 
 
-def trained(options) -> tuple[tuple, list[Path]]:
+def prepare_model(options) -> tuple[tuple, list[Path]]:
     """(network, encoder, diffusion, autoencoder or None) of the demo, trained, and the paths of the pictures that tell how well."""
-    store, autoencoder, suffix = prepare(options.out / f"dishes_{options.size}", options.dishes, options.size), None, f"{options.size}"
+    store, autoencoder, suffix = prepare_dishes(options.out / f"dishes_{options.size}", options.dishes, options.size), None, f"{options.size}"
     if options.latent:
         store, autoencoder = prepare_latents(store, options.out, options.size, options.minutes)
         suffix += "_latent"
     torch.manual_seed(0)                                                    # whatever was there already, the network begins the same
-    network, encoder, diffusion = build("".join(dish_names("train")), autoencoder)
+    network, encoder, diffusion = build_networks("".join(dish_names("train")), autoencoder)
     weights = sum(parameter.numel() for parameter in itertools.chain(network.parameters(), encoder.parameters()))
     print(f"{weights / 1e6:.1f} M weights, for {'latents' if options.latent else 'pictures'} {list(store[0][0].shape)}", flush=True)
     file = options.out / f"model_{suffix}.safetensors"
-    losses = fit(network, encoder, diffusion, store, file, options.minutes)
+    losses = train_or_load(network, encoder, diffusion, store, file, options.minutes)
     sheet, curve = options.out / f"held_out_{suffix}.png", options.out / f"loss_{suffix}.png"
     if not curve.exists() or curve.stat().st_mtime < file.stat().st_mtime:
-        write_atomically(curve, draw_curve(losses))
+        write_atomically(curve, plot_loss(losses))
     if not sheet.exists() or sheet.stat().st_mtime < file.stat().st_mtime:
-        write_png(sheet, held_out_sheet(network, encoder, diffusion, options.size, options.guidance, autoencoder))
+        write_atomically(sheet, encode_png(make_held_out_sheet(network, encoder, diffusion, options.size, options.guidance, autoencoder)))
     return (network, encoder, diffusion, autoencoder), [sheet, curve]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from easy_diffusion.samplers import Prediction
+from easy_diffusion.diffusion.prediction import Prediction
 
 
 def pytest_sessionstart(session):
@@ -66,7 +66,7 @@ class Mixture:
     def denoiser(self, schedule):
         """For pictures [B, D, 1, 1]; schedule: a NoiseSchedule or a RectifiedFlow."""
         def denoise(x_t, t):
-            signal, noise = (float(v[0]) for v in schedule.signal_and_noise(t[:1], x_t))
+            signal, noise = (float(v[0]) for v in schedule.alpha_sigma(t[:1], x_t))
             x0 = self.x0(x_t.flatten(1), signal, noise).view_as(x_t)
             return Prediction(x0, (x_t - signal * x0) / noise)
 
@@ -80,13 +80,13 @@ class Mixture:
 
 
 @pytest.fixture
-def two_heaps():
+def mixture():
     """Two heaps of different weight, width and direction within [-1, 1]²."""
     return Mixture([0.3, 0.7], [[-0.6, 0.4], [0.4, -0.2]], [[[0.04, 0.02], [0.02, 0.03]], [[0.02, -0.01], [-0.01, 0.06]]])
 
 
 @pytest.fixture
-def one_heap():
+def single_gaussian():
     """A Gaussian whose two coordinates go together."""
     return Mixture([1.0], [[0.5, -0.3]], [[[0.30, 0.12], [0.12, 0.10]]])
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.lmdb_store import count
-from easy_diffusion.camera import MOVES
-from easy_diffusion.checkpoint import load
+from datasets.lmdb_store import count_records
+from easy_diffusion.animation.camera import MOVES
 from easy_diffusion.demo import main, read_mask
+from easy_diffusion.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--minutes", "0.15", "--dishes", "600", "--size", "32", "--steps", "2", "--repaints", "1",
+SMALL = ["--minutes", "0.15", "--dishes", "600", "--size", "32", "--steps", "2", "--inpaintings", "1",
          "--seconds", "1", "--fps", "6", "--show", "64"]
 
 
@@ -34,7 +34,8 @@ def finished(tmp_path_factory):
     for moment in ("drawing", "training", "anywhere"):
         run = start(out, "番茄炒鸡蛋")
         if moment == "drawing":
-            while count(out / "dishes_32") == 0:
+            while count_records(out / "dishes_32") == 0:
+                assert run.poll() is None, run.communicate()[0]
                 time.sleep(0.05)
         if moment == "training":
             while not (out / "model_32.safetensors").exists():
@@ -43,7 +44,7 @@ def finished(tmp_path_factory):
         time.sleep(chance.uniform(0, 1) + (5 if moment == "anywhere" else 0))
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
-        seconds.append(load(out / "model_32.safetensors")["seconds"] if (out / "model_32.safetensors").exists() else 0)
+        seconds.append(load_checkpoint(out / "model_32.safetensors")["seconds"] if (out / "model_32.safetensors").exists() else 0)
     run = start(out, "番茄炒鸡蛋")
     log = run.communicate(timeout=200)[0]
     assert run.returncode == 0, log
@@ -53,8 +54,8 @@ def finished(tmp_path_factory):
 def test_killed_at_any_moment_it_goes_on_and_finishes(finished):
     out, log, seconds = finished
     assert seconds == sorted(seconds)                       # no training that was saved is lost
-    assert count(out / "dishes_32") == 600
-    assert load(out / "model_32.safetensors")["seconds"] >= 0.15 * 60
+    assert count_records(out / "dishes_32") == 600
+    assert load_checkpoint(out / "model_32.safetensors")["seconds"] >= 0.15 * 60
     first = re.search(r"step (\d+), loss", log)
     assert first is None or int(first[1]) > 0               # it went on from a checkpoint, or the training was complete
     assert {p.name for p in out.iterdir()} == {"dishes_32", "model_32.safetensors", "held_out_32.png", "loss_32.png", "番茄炒鸡蛋.png",
@@ -69,11 +70,11 @@ def test_it_says_what_it_does(finished):
 
 def test_a_second_run_finds_the_checkpoint_and_another_dish_and_move_is_made(finished):
     out, _, _ = finished
-    before, sheet = load(out / "model_32.safetensors")["index"], (out / "held_out_32.png").stat().st_mtime
+    before, sheet = load_checkpoint(out / "model_32.safetensors")["index"], (out / "held_out_32.png").stat().st_mtime
     run = start(out, "土豆炒青椒", "--move", "right")
     log = run.communicate(timeout=120)[0]
     assert run.returncode == 0, log
-    assert load(out / "model_32.safetensors")["index"] == before and (out / "held_out_32.png").stat().st_mtime == sheet
+    assert load_checkpoint(out / "model_32.safetensors")["index"] == before and (out / "held_out_32.png").stat().st_mtime == sheet
     with Image.open(out / "土豆炒青椒_right.gif") as gif:
         assert gif.size == (64, 64) and gif.info["loop"] == 0 and gif.n_frames > 1
 
@@ -153,15 +154,15 @@ def test_help_is_complete_and_wrong_options_are_named(capsys, photograph):
         assert stop.value.code == (0 if arguments == ("--help",) else 2)
         return capsys.readouterr()
     text = call("--help").out
-    for option in ("--move", "--reverse", "--out", "--minutes", "--dishes", "--size", "--latent", "--image", "--mask", "--painter", "--sd",
-                   "--prompt", "--steps", "--guidance", "--repaints", "--seconds", "--fps", "--format", "--show", "--seed"):
+    for option in ("--move", "--reverse", "--out", "--minutes", "--dishes", "--size", "--latent", "--image", "--mask", "--inpainter", "--sd",
+                   "--prompt", "--steps", "--guidance", "--inpaintings", "--seconds", "--fps", "--format", "--show", "--seed"):
         assert option in text
     assert all(move in text for move in MOVES)
     picture = str(photograph / "晚饭.jpg")
     both = call("--image", picture, "番茄汤").err
     assert picture in both and "番茄汤" in both
-    for wrong in (("--size", "60"), ("--move", "sideways"), ("--minutes", "0"), ("--fps", "0"), ("--repaints", "0"),
-                  ("--steps", "1001"), ("a/b",), ("--image", "nowhere.jpg"), ("--mask", picture), ("--painter", "sd"), ("--format", "avi"),
-                  ("--guidance", "0.5"), ("--painter", "sd", "--sd", "nowhere"), ("--sd-config", "nowhere")):
-        assert wrong[-1] in call(*wrong).err or wrong[-2] in ("--painter", "--sd-config")
+    for wrong in (("--size", "60"), ("--move", "sideways"), ("--minutes", "0"), ("--fps", "0"), ("--inpaintings", "0"),
+                  ("--steps", "1001"), ("a/b",), ("--image", "nowhere.jpg"), ("--mask", picture), ("--inpainter", "sd"), ("--format", "avi"),
+                  ("--guidance", "0.5"), ("--inpainter", "sd", "--sd", "nowhere"), ("--sd-config", "nowhere")):
+        assert wrong[-1] in call(*wrong).err or wrong[-2] in ("--inpainter", "--sd-config")
     assert "90×69, the picture" in call("--image", picture, "--mask", str(photograph / "small.png")).err
