@@ -1,7 +1,7 @@
-# make demo        the dish's picture and GIF into out/      (make demo NAME=土豆炒青椒 MOVE=right)
-# make test        all tests, offline, in two processes of one thread each
-# make notebooks   executes the notebooks and keeps their pictures
-# make bench       prints the benchmarks and writes benchmarks/README.md
+# make demo        writes a dish's image and GIF to out/     (make demo NAME=土豆炒青椒 MOVE=right)
+# make test        runs the style check and all tests, offline, in two processes of one thread each
+# make notebooks   executes the notebooks and saves their outputs
+# make bench       runs all benchmarks and writes benchmarks/README.md
 NAME ?= 番茄炒鸡蛋
 MOVE ?= circle
 PYTHON ?= python3
@@ -21,7 +21,8 @@ notebooks: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
 
-# The stamp is written last: an installation that broke off is begun again, and a changed list is installed.
+# The stamp is written last, so an interrupted installation is repeated. It is older than a changed
+# requirements.txt, which is then installed.
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed, this is %d.%d' % sys.version_info[:2] if sys.version_info < (3, 10) else 0)"
 	$(PYTHON) -m venv .venv

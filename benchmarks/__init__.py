@@ -1,1 +1,1 @@
-"""Figures of this project beside its peers': python -m benchmarks.NAME [--quick]."""
+"""Measurements of this project beside comparable libraries: python -m benchmarks.NAME [--quick]."""

@@ -1,12 +1,17 @@
-"""How fast pictures come: python -m benchmarks.data [--quick]
+"""Loading speed of LMDB stores and of image folders: python -m benchmarks.data [--quick]
 
-Batches of 64 pictures of 64×64 from stores of a thousand, a hundred thousand and a million records, in random order, on one core and with
-two workers; beside them torchvision's ImageFolder on a folder of JPEGs, of 256×256 as photographs come and of 64×64 as they might have
-been prepared. The pictures are drawn dishes; large stores repeat them. A page of a file costs a process most when it first looks at it;
-so a store is measured in the first epoch, and once more when each record has been read before, as in all later epochs (epoch 2). A thousand
-records are read twenty times in what is called their first epoch; only of large stores does it show what first looks cost. Memory is the
-most that a worker had: what it has written for itself alone (private), and all that it sees (resident), shared libraries and pages of the
-store included.
+Batches of 64 images of 64×64 pixels are read in random order from stores of a thousand, a hundred
+thousand and a million records, in the main process and with two workers. Compared is torchvision's
+ImageFolder on a folder of JPEG files, of 256×256 pixels like photographs, which are resized, and of
+64×64, which are not. The images are drawn dishes; large stores repeat them.
+
+The operating system maps a page of the file into a process when the page is first accessed, which
+takes time. Therefore a store is measured in its first epoch, and again when every record has been
+read before, as in all later epochs (epoch 2). In the first epoch of the store of a thousand records
+each record is read twenty times, so only the large stores show the cost of first accesses.
+
+Memory is the maximum of a worker: private memory, which it alone has written, and resident memory,
+which also contains shared libraries and pages of the store.
 """
 
 import argparse
@@ -28,103 +33,172 @@ from datasets.lmdb_store import ImageCaptionStore, append_records
 
 from .report import finish
 
-BATCH, SIDE = 64, 64
+BATCH = 64
+SIDE = 64
 
 
-class Watched(torch.utils.data.Dataset):
-    """A dataset whose items bring along what memory their process has, in MB: (picture, (private, resident))."""
+class MemoryMeter(torch.utils.data.Dataset):
+    """A dataset whose items also contain the memory of the process that loads them.
+
+    An item is (image, (private, resident)) in MB. Measuring takes time; it is done for every 200th
+    item, and the others have zeros.
+    """
 
     def __init__(self, dataset):
-        self.dataset, self.seen = dataset, 0
+        self.dataset = dataset
+        self.count = 0
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        self.seen += 1
-        return self.dataset[index][0], memory() if self.seen % 200 == 0 else (0.0, 0.0)
+        self.count += 1
+        memory = measure_memory() if self.count % 200 == 0 else (0.0, 0.0)
+        return self.dataset[index][0], memory
 
 
-def memory() -> tuple[float, float]:
-    """MB of this process: private and resident; zeros where the system does not tell."""
+def measure_memory() -> tuple[float, float]:
+    """Return the (private, resident) memory of this process in MB; zeros if it is not Linux."""
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0, 0.0
-    sizes = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines[1:]}
-    return sizes["Private_Dirty"], sizes["Rss"]
+    megabytes = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines[1:]}
+    return megabytes["Private_Dirty"], megabytes["Rss"]
 
 
-def fill(folder, records, side) -> None:
-    """A store of so many records: drawn dishes, a thousand of them again and again."""
-    drawn = Dishes(1000, side)
-    dishes = [drawn[i] for i in range(1000)]
-    written = append_records(folder, itertools.islice(itertools.cycle(dishes), records), per_transaction=4096)
-    for _ in tqdm(written, total=records, desc=f"{records:,} records", unit="picture"):
+def write_store(folder: Path, records: int, side: int) -> None:
+    """Write a store with this number of records, which repeat a thousand drawn dishes."""
+    dataset = Dishes(1000, side)
+    dishes = [dataset[i] for i in range(1000)]
+    repeated = itertools.islice(itertools.cycle(dishes), records)
+    written = append_records(folder, repeated, per_transaction=4096)
+    for _ in tqdm(written, total=records, desc=f"{records:,} records", unit="image"):
         pass
-    os.sync()                                                               # else reading would compete with what is still being written
+    os.sync()       # so that writing does not slow down the reading that is measured next
 
 
-def draw_folder(folder, pictures, side) -> None:
-    """JPEGs of drawn dishes, a folder for each dish, as ImageFolder wants them."""
-    dishes = Dishes(pictures, side)
-    for i in tqdm(range(pictures), desc=f"JPEGs of {side}×{side}", unit="picture"):
-        picture, name = dishes[i]
+def write_jpeg_folder(folder: Path, images: int, side: int) -> None:
+    """Write JPEG files of drawn dishes, one folder per name, as ImageFolder expects."""
+    dishes = Dishes(images, side)
+    for i in tqdm(range(images), desc=f"JPEGs of {side}×{side}", unit="image"):
+        image, name = dishes[i]
         (folder / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / name / f"{i}.jpg", quality=92)
+        pixels = image.permute(1, 2, 0).numpy()     # [H, W, 3]
+        Image.fromarray(pixels).save(folder / name / f"{i}.jpg", quality=92)
 
 
-def measure(name, dataset, workers, pictures, epoch=1) -> dict:
-    """Pictures a second over `pictures` of them in random order, after a batch to begin with; then, since looking takes time, a worker's
-    memory over a quarter more. epoch: in the second all records have been read by this process before."""
+def start_loader(dataset, images: int, workers: int):
+    """Return an iterator over random batches with `images` images; a first batch is discarded."""
+    sampler = torch.utils.data.RandomSampler(
+        dataset, replacement=True, num_samples=images + BATCH
+    )
+    loader = torch.utils.data.DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers)
+    batches = iter(loader)
+    next(batches)
+    return batches
+
+
+def measure(source: str, dataset, workers: int, images: int, epoch: int = 1) -> dict:
+    """Return a row with the loading speed over `images` images and the memory of a worker.
+
+    epoch: 2 reads all records once before the measurement. The memory is measured separately,
+    over a quarter of the images, because measuring it takes time.
+    """
     torch.manual_seed(0)
     if epoch == 2:
         for i in range(len(dataset)):
             dataset[i]
 
-    def batches(dataset, pictures):
-        order = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=pictures + BATCH)
-        walk = iter(torch.utils.data.DataLoader(dataset, BATCH, sampler=order, num_workers=workers))
-        next(walk)
-        return walk
-
-    walk, start = batches(dataset, pictures), time.perf_counter()
-    for _ in walk:
+    batches = start_loader(dataset, images, workers)
+    start = time.perf_counter()
+    for _ in batches:
         pass
-    rate, private, resident = pictures / (time.perf_counter() - start), 0.0, 0.0
-    for _, (own, seen) in batches(Watched(dataset), pictures // 4):
-        private, resident = max(private, float(own.max())), max(resident, float(seen.max()))
-    return {"source": name, "records": len(dataset), "workers": workers, "epoch": epoch, "pictures/s": rate, "private MB": private,
-            "resident MB": resident}
+    images_per_second = images / (time.perf_counter() - start)
+
+    private = 0.0
+    resident = 0.0
+    for _, (batch_private, batch_resident) in start_loader(
+        MemoryMeter(dataset), images // 4, workers
+    ):
+        private = max(private, float(batch_private.max()))
+        resident = max(resident, float(batch_resident.max()))
+    return {
+        "source": source,
+        "records": len(dataset),
+        "workers": workers,
+        "epoch": epoch,
+        "images/s": images_per_second,
+        "private MB": private,
+        "resident MB": resident,
+    }
+
+
+def measure_folders(out: Path, files: int, images: int) -> list[dict]:
+    """Return the rows of ImageFolder."""
+    rows = []
+    for side in (256, SIDE):
+        write_jpeg_folder(out / f"jpeg_{side}", files, side)
+        transforms = [PILToTensor()] if side == SIDE else [Resize(SIDE), PILToTensor()]
+        for workers in (0, 2):
+            folder = ImageFolder(out / f"jpeg_{side}", Compose(transforms))
+            rows.append(measure(f"ImageFolder, {side}×{side} JPEG", folder, workers, images))
+    return rows
+
+
+def measure_stores(out: Path, sizes: tuple, images: int) -> list[dict]:
+    """Return the rows of stores with these numbers of records."""
+    rows = []
+    for records in sizes:
+        write_store(out / f"store_{records}", records, SIDE)
+        store = ImageCaptionStore(out / f"store_{records}")
+        for workers, epoch in ((0, 1), (0, 2), (2, 1)):
+            rows.append(measure("store", store, workers, images, epoch))
+    return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small stores and few pictures; the figures are not kept")
-    options = parser.parse_args()
-    out = Path(tempfile.mkdtemp(prefix="benchmark_data_", dir="."))         # removed at the end
-    sizes, pictures, files = ((200, 400), 256, 100) if options.quick else ((1000, 100_000, 1_000_000), 20_480, 1000)
-    rows = []
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="small stores and few images; the figures are not saved",
+    )
+    quick = parser.parse_args().quick
+    sizes = (200, 400) if quick else (1000, 100_000, 1_000_000)
+    images = 256 if quick else 20_480
+    files = 100 if quick else 1000
+
+    out = Path(tempfile.mkdtemp(prefix="benchmark_data_", dir="."))
     try:
-        for side in (256, SIDE):
-            draw_folder(out / f"jpeg_{side}", files, side)
-            form = Compose(([Resize(SIDE)] if side != SIDE else []) + [PILToTensor()])
-            for workers in (0, 2):
-                folder = ImageFolder(out / f"jpeg_{side}", form)
-                rows.append(measure(f"ImageFolder, {side}×{side} JPEG", folder, workers, pictures // 4))
-        for records in sizes:
-            fill(out / f"store_{records}", records, SIDE)
-            store = ImageCaptionStore(out / f"store_{records}")
-            rows += [measure("store", store, workers, pictures, epoch) for workers, epoch in ((0, 1), (0, 2), (2, 1))]
+        rows = measure_folders(out, files, images // 4)
+        rows += measure_stores(out, sizes, images)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    speed = {(row["source"], row["records"], row["workers"], row["epoch"]): row["pictures/s"] for row in rows}
-    finish("data", {
-        "speedup_over_folder": speed["store", sizes[0], 0, 1] / speed["ImageFolder, 256×256 JPEG", files, 0, 1],
-        "speedup_over_folder_of_small_pictures": speed["store", sizes[0], 0, 1] / speed["ImageFolder, 64×64 JPEG", files, 0, 1],
-        "million_over_thousand": speed["store", sizes[-1], 0, 2] / speed["store", sizes[0], 0, 2],
-        "million_over_thousand_first_epoch": speed["store", sizes[-1], 0, 1] / speed["store", sizes[0], 0, 1],
-        "worker_mb": max(row["private MB"] for row in rows if row["source"] == "store" and row["workers"])}, rows, options.quick)
+
+    speed = {}
+    for row in rows:
+        key = row["source"], row["records"], row["workers"], row["epoch"]
+        speed[key] = row["images/s"]
+    folder_speed = speed["ImageFolder, 256×256 JPEG", files, 0, 1]
+    small_folder_speed = speed["ImageFolder, 64×64 JPEG", files, 0, 1]
+    worker_rows = [row for row in rows if row["source"] == "store" and row["workers"] > 0]
+    smallest = sizes[0]
+    largest = sizes[-1]
+    claims = {
+        "speedup_over_folder": speed["store", smallest, 0, 1] / folder_speed,
+        "speedup_over_folder_of_small_images":
+            speed["store", smallest, 0, 1] / small_folder_speed,
+        "million_over_thousand":
+            speed["store", largest, 0, 2] / speed["store", smallest, 0, 2],
+        "million_over_thousand_first_epoch":
+            speed["store", largest, 0, 1] / speed["store", smallest, 0, 1],
+        "worker_mb": max(row["private MB"] for row in worker_rows),
+    }
+    finish("data", claims, rows, quick)
 
 
 if __name__ == "__main__":

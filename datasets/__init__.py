@@ -1,1 +1,35 @@
-"""Plain datasets: each hands out (picture uint8 [3, H, W], caption str)."""
+"""Datasets of image–caption pairs: item i is (image uint8 [3, H, W], caption str).
+
+The files, in reading order:
+
+    dishes.py              Dishes: synthetic images of dishes with Chinese names, drawn on demand
+    dish_shapes.py         the shapes of the ingredients of a drawn dish
+    dish_rendering.py      the sprites of a drawn dish: pieces of ingredients, vessels, tabletops
+    aipos.py               AiposFood: a folder of food photographs, one subfolder per dish name
+    lmdb_environment.py    opens and writes an LMDB file, safely from several processes
+    lmdb_store.py          ImageCaptionStore: image–caption records in an LMDB file, a "store"
+    aipos_lmdb.py          writes a folder of photographs into a store
+    pokemon_lmdb.py        writes a table of images and captions into a store
+    caption_embeddings.py  adds the token embeddings of a frozen text encoder to a store
+    latents_lmdb.py        encodes the images of a store with an autoencoder, once
+
+Each file copies out with the siblings that its docstring names. The names below need torch, numpy,
+Pillow and tqdm. The files on LMDB stores also need lmdb; import from these files directly, for
+example `from datasets.lmdb_store import ImageCaptionStore`.
+"""
+
+from .aipos import AiposFood
+from .dish_shapes import INGREDIENTS
+from .dishes import HELD_OUT_PAIRS, WAYS, Attributes, Dishes, attributes, dish_names, draw_dish
+
+__all__ = [
+    "HELD_OUT_PAIRS",
+    "INGREDIENTS",
+    "WAYS",
+    "AiposFood",
+    "Attributes",
+    "Dishes",
+    "attributes",
+    "dish_names",
+    "draw_dish",
+]

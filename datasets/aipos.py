@@ -1,20 +1,34 @@
-"""AiposFood: photographs of dishes, a folder for each dish name.
+"""AiposFood: a dataset of food photographs, one folder per dish; the folder's name is the caption.
 
-    food/番茄炒鸡蛋/1.jpg                                 or, as HowToCook has it,     dishes/vegetable_dish/番茄炒鸡蛋/成品.jpg
-    food/番茄炒鸡蛋/two.png                                                            dishes/vegetable_dish/番茄炒鸡蛋/步骤1.jpg
-    food/土豆牛肉汤/1.jpg                                                              dishes/soup/...
+"AiposFood" is this project's name for its food photographs, after the author's company AIPOS. Any
+folder with this layout can be read:
 
-The folder's name is the caption. Of a HowToCook dish, with its photographs of each step, only the finished dish is taken. A photograph is
-turned upright (EXIF), cut to a square and scaled. A file that is no picture, or only half of one, is skipped with a warning that names
-it. Which files are for training is told by a hash of their content, so that it stays the same when files come, go or change their names.
+    food/番茄炒鸡蛋/1.jpg
+    food/番茄炒鸡蛋/two.png
+    food/土豆牛肉汤/1.jpg
+
+A clone of HowToCook can be read, too. HowToCook (github.com/Anduin2017/HowToCook) is an open
+collection of Chinese recipes whose photographs are in the public domain. It has a folder of dishes
+per category, and each dish has a recipe and photographs of its steps. Only the photograph of the
+finished dish is used:
+
+    HowToCook/dishes/vegetable_dish/番茄炒鸡蛋/番茄炒鸡蛋.md    the recipe
+    HowToCook/dishes/vegetable_dish/番茄炒鸡蛋/步骤1.jpg        a step: not used
+    HowToCook/dishes/vegetable_dish/番茄炒鸡蛋/成品.jpg         the finished dish: used
+
+Each photograph is rotated upright (EXIF orientation), cropped to a square and resized. A file that
+cannot be decoded is skipped with a warning that names it. Whether a file belongs to the training
+or the test split depends on a hash of its content, so that it stays in its split when other files
+are added or removed, and when it is renamed.
+
 The file needs Pillow, numpy, torch and tqdm.
 
->>> import tempfile, pathlib
->>> folder = pathlib.Path(tempfile.mkdtemp())
+>>> import tempfile
+>>> folder = Path(tempfile.mkdtemp())
 >>> (folder / "番茄汤").mkdir()
 >>> Image.new("RGB", (90, 60), "red").save(folder / "番茄汤" / "1.jpg")
->>> picture, name = AiposFood(folder, size=32)[0]
->>> tuple(picture.shape), name
+>>> image, caption = AiposFood(folder, size=32)[0]
+>>> tuple(image.shape), caption
 ((3, 32, 32), '番茄汤')
 """
 
@@ -30,107 +44,209 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-# What Pillow and its like raise for a file that is no picture.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error, EOFError, Image.DecompressionBombError)
-MAX_ASPECT_RATIO = 20                                                                # sides of 20 : 1 are no photograph
+# The exceptions that Pillow raises for a file that is damaged or not an image.
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    RuntimeError,
+    struct.error,
+    EOFError,
+    Image.DecompressionBombError,
+)
+MAX_ASPECT_RATIO = 20  # longer side : shorter side; a more elongated image is not a photograph
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
 class AiposFood(torch.utils.data.Dataset):
-    """Item i is (picture uint8 [3, size, size], dish name), in the order of the files' names.
+    """Item i is (image uint8 [3, size, size], dish name), in the order of the file names.
 
-    split: "train", or "test" for the share `held_out` of the files, or None for all. crop: "centre", or "random" for another square at
-    each access; flip: half of the time mirrored. Both draw from torch's generator. Every file is opened once at the start; `skipped`
-    counts those that cannot be read. Raises FileNotFoundError for a folder that is not there or holds no picture that can be read.
+    folder: one of the two layouts in the module's docstring
+    size: side of the images in pixels
+    split: "train", "test", or None for all files
+    test_fraction: the fraction of the files that belong to the test split, 0 … 1
+    crop: "centre", or "random" for a new random square at each access
+    flip: mirror the image horizontally with probability 1/2 at each access
+
+    The random crop and flip use torch's global generator. Every file is decoded once at the start;
+    `skipped` is the number of files that could not be decoded. Raises FileNotFoundError if the
+    folder does not exist or contains no image that can be decoded.
     """
 
-    def __init__(self, folder, size: int = 64, split: str | None = None, held_out: float = 0.1, crop: str = "centre", flip: bool = False):
+    def __init__(
+        self,
+        folder,
+        size: int = 64,
+        split: str | None = None,
+        test_fraction: float = 0.1,
+        crop: str = "centre",
+        flip: bool = False,
+    ):
         if split not in (None, "train", "test"):
             raise ValueError(f'split is "train", "test" or None, not {split!r}')
         if crop not in ("centre", "random"):
             raise ValueError(f'crop is "centre" or "random", not {crop!r}')
-        self.size, self.crop, self.flip, self.files, self.names, self.skipped = size, crop, flip, [], [], 0
-        files = list_photos(folder)
-        for file, name in tqdm(files, desc=f"opening {folder}", unit="photograph", delay=2, leave=False):
+        self.size = size
+        self.crop = crop
+        self.flip = flip
+        self.files: list[Path] = []
+        self.captions: list[str] = []
+        self.skipped = 0
+
+        photos = list_photos(folder)
+        progress = tqdm(photos, desc=f"opening {folder}", unit="photo", delay=2, leave=False)
+        for file, dish_name in progress:
             try:
-                load_photo(file, 32)
-                if split is None or (hash_fraction(file) < held_out) == (split == "test"):
+                load_photo(file, 32)  # a test: raises if the file cannot be decoded
+                if split is None or choose_split(file, test_fraction) == split:
                     self.files.append(file)
-                    self.names.append(name)
-            except UNREADABLE as error:
+                    self.captions.append(dish_name)
+            except DECODE_ERRORS as error:
                 self.skipped += 1
                 warnings.warn(f"skipped {file}: {error}", stacklevel=2)
-        if len(files) > self.skipped and not self.files:
-            raise FileNotFoundError(f"of the pictures in {folder} none is in split {split!r} with held_out={held_out}")
-        if not self.files:
-            raise FileNotFoundError(f"no picture in {folder}: it should hold a folder for each dish name, with pictures inside"
-                                    f" ({self.skipped} files could not be read)")
 
-    @property
-    def captions(self) -> list[str]:
-        """The dish name of each item."""
-        return self.names
+        decoded = len(photos) - self.skipped
+        if decoded == 0:
+            raise FileNotFoundError(
+                f"no image in {folder}: it should contain one folder per dish name, with images"
+                f" inside ({self.skipped} files could not be decoded)"
+            )
+        if not self.files:
+            raise FileNotFoundError(
+                f"no image in {folder} is in split {split!r} with test_fraction={test_fraction}"
+            )
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index):
-        where = torch.rand(2).tolist() if self.crop == "random" else (0.5, 0.5)
-        picture = torch.from_numpy(load_photo(self.files[index], self.size, where)).permute(2, 0, 1)
+        centering = (0.5, 0.5)
+        if self.crop == "random":
+            centering = torch.rand(2).tolist()
+        pixels = load_photo(self.files[index], self.size, centering)  # [size, size, 3]
+        image = torch.from_numpy(pixels).permute(2, 0, 1)  # [3, size, size]
         if self.flip and torch.rand(()) < 0.5:
-            picture = picture.flip(2)
-        return picture.contiguous(), self.names[index]
+            image = image.flip(2)
+        return image.contiguous(), self.captions[index]
 
 
 def list_photos(folder) -> list[tuple[Path, str]]:
-    """(file, dish name) of every picture, sorted; of a HowToCook dish the finished one alone. FileNotFoundError without a folder."""
+    """List (file, dish name) for every photograph of a folder, sorted.
+
+    Accepts both layouts of the module's docstring; of a HowToCook dish only the photograph of the
+    finished dish is listed. Raises FileNotFoundError if the folder does not exist.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    if (folder / "dishes").is_dir():
+    if (folder / "dishes").is_dir():  # a clone of HowToCook
         folder = folder / "dishes"
-    plain = [(file, file.parent.name) for file in folder.glob("*/*") if file.is_file() and file.suffix != ".md"]
-    howtocook = [(find_finished_dish(dish), dish.name) for dish in folder.glob("*/*") if dish.is_dir() and any(dish.glob("*.md"))]
-    return sorted(plain + [(file, name) for file, name in howtocook if file is not None])
+
+    photos = []
+    for path in folder.glob("*/*"):
+        if path.is_file():
+            # A photograph in the folder of a dish; or, in HowToCook, a recipe without photographs,
+            # which stands directly in the folder of a category.
+            if path.suffix != ".md":
+                photos.append((path, path.parent.name))
+        elif path.is_dir() and any(path.glob("*.md")):
+            # HowToCook: the folder of a dish, with its recipe, in the folder of a category.
+            finished = find_finished_dish(path)
+            if finished is not None:
+                photos.append((finished, path.name))
+    return sorted(photos)
 
 
 def find_finished_dish(folder: Path) -> Path | None:
-    """The photograph of the finished dish, among those of its steps; None where there is none.
+    """Find the photograph of the finished dish in the folder of a HowToCook recipe.
 
-    It is the one that is called 成品 (finished) or after the dish; else the one that the recipe shows as such, or first; else the only
-    one that has no number or step in its name; else the last."""
-    pictures = [file for file in folder.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif")]
-    pictures.sort(key=lambda file: [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", file.name)])
-    recipe = "\n".join(file.read_text("utf-8", "replace") for file in sorted(folder.glob("*.md")))
-    shown = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", recipe)               # ![words](place)
-    shown = [Path(unquote(place.split()[0])).name for words, place in sorted(shown, key=lambda entry: "成品" not in entry[0])
-             if place.strip()]
-    rules = [lambda file: "成品" in file.stem, lambda file: file.stem == folder.name, lambda file: file.name in shown[:1],
-             lambda file: not re.search(r"\d|步骤|step", file.stem)]
-    for rule in rules:
-        if found := [file for file in pictures if rule(file)]:
-            return found[0]
-    return pictures[-1] if pictures else None
+    In this order of preference:
+
+    1. the file name contains 成品 (finished dish)
+    2. the file has the name of the dish
+    3. the recipe shows it with 成品 in the alt text; or, without such an image, shows it first
+    4. the file name contains no digit and no word for "step"
+    5. the last file
+
+    Returns None if the folder contains no image.
+    """
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    files.sort(key=lambda file: _natural_key(file.name))
+
+    # The images of the recipe, written in Markdown as ![alt text](target).
+    recipe = "\n".join(path.read_text("utf-8", "replace") for path in sorted(folder.glob("*.md")))
+    linked = []
+    for alt_text, target in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", recipe):
+        if target.strip():
+            linked.append((alt_text, Path(unquote(target.split()[0])).name))
+    linked.sort(key=lambda link: "成品" not in link[0])  # False sorts first
+    shown_name = linked[0][1] if linked else None
+
+    candidates = (
+        [file for file in files if "成品" in file.stem],
+        [file for file in files if file.stem == folder.name],
+        [file for file in files if file.name == shown_name],
+        [file for file in files if not re.search(r"\d|步骤|step", file.stem)],
+        files[-1:],
+    )
+    for matches in candidates:
+        if matches:
+            return matches[0]
+    return None
+
+
+def _natural_key(name: str) -> list[tuple]:
+    """Sort key that compares the numbers in a name by value: "2.jpg" comes before "10.jpg"."""
+    key = []
+    for part in re.split(r"(\d+)", name):
+        is_number = part.isdecimal()
+        key.append((is_number, int(part) if is_number else part))
+    return key
+
+
+def choose_split(file, test_fraction: float) -> str:
+    """Return "test" for about `test_fraction` of all files and "train" for the others."""
+    return "test" if hash_fraction(file) < test_fraction else "train"
 
 
 def hash_fraction(file) -> float:
-    """A number from 0 to 1 that depends on a file's content alone."""
-    return int.from_bytes(hashlib.blake2b(Path(file).read_bytes(), digest_size=8).digest(), "big") / 2 ** 64
+    """Map the content of a file to a pseudo-random value in [0, 1]."""
+    digest = hashlib.blake2b(Path(file).read_bytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
-def load_photo(file, size: int, where: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """A picture, a file or a stream, upright, a square of it scaled to uint8 [size, size, 3]. where: the square's place from left to right
-    and from top to bottom, 0 … 1. Raises OSError for a file that is damaged, ValueError for a strip."""
+def load_photo(file, size: int, centering: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """Load an image upright, crop it to the largest square and resize that: uint8 [size, size, 3].
+
+    file: a path or a binary stream
+    centering: position of the square along the width and along the height, 0 … 1; 0.5 = middle
+
+    Raises OSError for a damaged file, ValueError for an aspect ratio above MAX_ASPECT_RATIO.
+    """
     with Image.open(file) as image:
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            raise ValueError(f"a strip of {image.size[0]}×{image.size[1]} pixels")
-        image.draft("RGB", (size, size))                                    # a large JPEG is decoded at a fraction of its size
+        width, height = image.size
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise ValueError(
+                f"the aspect ratio of {width}×{height} pixels is above {MAX_ASPECT_RATIO}:1"
+            )
+        image.draft("RGB", (size, size))  # decodes a large JPEG at a fraction of its size
         try:
             upright = ImageOps.exif_transpose(image)
-        except (ValueError, TypeError, KeyError, SyntaxError, struct.error):   # what the camera wrote beside the picture is broken
+        except (ValueError, TypeError, KeyError, SyntaxError, struct.error):  # damaged EXIF data
             upright = image
-        if upright.mode.startswith("I;16"):                                 # 16 bits a pixel: the upper eight
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        if "A" in upright.getbands() or "transparency" in upright.info:      # what can be looked through stands on white
-            upright = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-        return np.array(ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.LANCZOS, centering=where))
+        square = ImageOps.fit(
+            _to_rgb(upright), (size, size), Image.Resampling.LANCZOS, centering=centering
+        )
+        return np.array(square)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB; transparent pixels are composited on white."""
+    if image.mode.startswith("I;16"):  # 16 bits per pixel: keep the upper eight
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

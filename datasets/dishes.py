@@ -1,22 +1,34 @@
-"""Drawn dishes with Chinese names: endless, reproducible, nothing to download.
+"""Synthetic images of dishes with Chinese names: unlimited, reproducible, nothing to download.
 
-A dish is a way of cooking and one or two ingredients, and its name is what a menu would say: 番茄炒鸡蛋
-(tomato, stir-fried with egg), 土豆牛肉汤, 豆腐蒸虾仁, 砂锅茄子, 清炒生菜. Its picture is a pile of sprites seen from
-above, each with a colour, a height and a gloss at every point. When the pile is complete, one light
-falls on it, from the upper left:
+A dish has a way of cooking and one or two ingredients, and its name is what a menu would say:
 
-    n = (-dh/dx, -dh/dy, 1) / |...|                          the surface's normal, from its height h
-    picture = colour · (ambient + diffuse · max(n·l, 0) · shadow) + gloss · max(n·m, 0)^16 · shadow
+    番茄炒鸡蛋      tomato, stir-fried with egg
+    土豆牛肉汤      potato and beef soup
+    豆腐蒸虾仁      tofu, steamed with shrimps
+    清炒生菜        stir-fried lettuce
 
-with l the direction of the light and m half-way between l and the eye (Blinn, "Models of light reflection for
-computer synthesized pictures", 1977). A point is in shadow where a neighbour towards the light stands higher.
+The scene is seen from above. It is composited from sprites, which are small images with
+transparency: a tabletop, a vessel and pieces of the ingredients (dish_rendering.py). At each pixel
+a sprite has a colour, a height h and a specular coefficient. After compositing, the scene is shaded
+with one light from the upper left:
 
-A tenth of the ingredient pairs is held out: they appear in no training dish of any kind, so a held-out name
-asks for a combination that a model has never seen. The sprites are in dish_shapes.py, which this file needs
-beside it; otherwise numpy and torch.
+    n     = (-dh/dx, -dh/dy, 1) / |(-dh/dx, -dh/dy, 1)|                  surface normal
+    image = colour · (0.42 + 0.82 · max(n·l, 0) · s) + 0.5 · specular · max(n·m, 0)^16 · s
 
->>> picture, name = Dishes(length=1000, size=64)[0]
->>> tuple(picture.shape), attributes("番茄炒鸡蛋")
+    l    direction of the light
+    m    direction half-way between the light and the eye
+    s    shadow factor: 1 in the light, down to 0.45 in the shadow of a higher part of the surface
+
+(Blinn, "Models of light reflection for computer synthesized pictures", 1977.)
+
+A tenth of the pairs of ingredients is held out: these two ingredients are never combined in a
+training dish, whatever the way of cooking. A held-out name asks a model for a combination that it
+has never seen.
+
+The file needs numpy and torch and, beside it, dish_rendering.py and dish_shapes.py.
+
+>>> image, name = Dishes(length=1000, size=64)[0]
+>>> tuple(image.shape), attributes("番茄炒鸡蛋")
 ((3, 64, 64), Attributes(ingredients=('番茄', '鸡蛋'), way='炒'))
 """
 
@@ -29,170 +41,280 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .dish_shapes import INGREDIENTS, TABLES, TURNS, VARIANTS, render_piece, render_table, render_vessel
+from .dish_rendering import (
+    ROTATIONS,
+    TABLETOPS,
+    VARIANTS,
+    render_piece,
+    render_tabletop,
+    render_vessel,
+)
+from .dish_shapes import INGREDIENTS
 
 
 class Attributes(NamedTuple):
-    """What must be seen in a dish's picture: one or two ingredients, and the way of cooking."""
+    """What the image of a dish must show: one or two ingredients, and the way of cooking."""
 
     ingredients: tuple[str, ...]
     way: str
 
 
 class Way(NamedTuple):
-    """A way of cooking: the dish's name with one ingredient and with two, and how the pieces lie in the vessel."""
+    """A way of cooking: how its dishes are named, and how the pieces lie in the vessel."""
 
-    name_of_one: str
-    name_of_two: str
-    pieces: int
-    spread: float           # radius of the pile; 1 = the vessel's
-    side_by_side: bool      # each ingredient on its own side, or all mixed
+    name_with_one: str  # pattern of the name of a dish with one ingredient
+    name_with_two: str  # pattern of the name of a dish with two ingredients
+    pieces: int  # number of pieces in the vessel
+    pile_radius: float  # the pieces lie within this radius; 1 = the radius of the vessel
+    side_by_side: bool  # each ingredient on its own side, or both mixed
 
 
 WAYS = {
-    "炒": Way("清炒{}", "{}炒{}", 10, 0.66, False),               # stir-fried, on a plate
-    "汤": Way("{}汤", "{}{}汤", 8, 0.63, False),                 # soup, in a bowl
-    "蒸": Way("清蒸{}", "{}蒸{}", 10, 0.64, True),                # steamed, in bamboo
-    "砂锅": Way("砂锅{}", "砂锅{}{}", 9, 0.61, False),             # in a clay pot
-    "凉拌": Way("凉拌{}", "凉拌{}{}", 10, 0.62, True),              # a cold salad, in celadon
-    "铁板": Way("铁板{}", "铁板{}{}", 10, 0.64, False),             # on a sizzling iron plate
-    "面": Way("{}面", "{}{}面", 8, 0.55, True),                  # on noodles
-    "盖饭": Way("{}盖饭", "{}{}盖饭", 8, 0.55, False),             # on rice
+    "炒": Way("清炒{}", "{}炒{}", 10, 0.66, False),  # stir-fried, on a plate
+    "汤": Way("{}汤", "{}{}汤", 8, 0.63, False),  # soup, in a bowl
+    "蒸": Way("清蒸{}", "{}蒸{}", 10, 0.64, True),  # steamed, in a bamboo steamer
+    "砂锅": Way("砂锅{}", "砂锅{}{}", 9, 0.61, False),  # stewed, in a clay pot
+    "凉拌": Way("凉拌{}", "凉拌{}{}", 10, 0.62, True),  # cold salad, in a pale green bowl
+    "铁板": Way("铁板{}", "铁板{}{}", 10, 0.64, False),  # on a sizzling iron plate
+    "面": Way("{}面", "{}{}面", 8, 0.55, True),  # on noodles
+    "盖饭": Way("{}盖饭", "{}{}盖饭", 8, 0.55, False),  # on rice
 }
-PAIRS = tuple(itertools.combinations(INGREDIENTS, 2))
-HELD_OUT_PAIRS = frozenset(random.Random(1).sample(PAIRS, len(PAIRS) // 10))
+INGREDIENT_PAIRS = tuple(itertools.combinations(INGREDIENTS, 2))
+HELD_OUT_PAIRS = frozenset(random.Random(1).sample(INGREDIENT_PAIRS, len(INGREDIENT_PAIRS) // 10))
+
+
+# ---------------------------------------------------------------------------------------- names
 
 
 def _all_dishes():
-    for way, naming in WAYS.items():
-        for one in INGREDIENTS:
-            yield naming.name_of_one.format(one), Attributes((one,), way)
-        for two in itertools.permutations(INGREDIENTS, 2):
-            yield naming.name_of_two.format(*two), Attributes(two, way)
+    """Yield (name, attributes) of every dish; a pair has a name for each order."""
+    for way, settings in WAYS.items():
+        for ingredient in INGREDIENTS:
+            yield settings.name_with_one.format(ingredient), Attributes((ingredient,), way)
+        for pair in itertools.permutations(INGREDIENTS, 2):
+            yield settings.name_with_two.format(*pair), Attributes(pair, way)
 
 
 _DISHES = dict(_all_dishes())
 
 
 def attributes(name: str) -> Attributes:
-    """What must be in the picture of this dish. Raises ValueError, with the nearest names, for one that is no dish here."""
+    """Return what the image of the dish `name` must show.
+
+    Raises ValueError, with the most similar names, if there is no such dish.
+    """
     if name not in _DISHES:
-        near = "、".join(difflib.get_close_matches(name, _DISHES, 3, 0.3)) or "番茄炒鸡蛋"
-        raise ValueError(f"{name!r} is not a dish that can be drawn. Near it: {near}. "
-                         f"Ingredients: {'、'.join(INGREDIENTS)}. Ways: {'、'.join(WAYS)}.")
+        similar = "、".join(difflib.get_close_matches(name, _DISHES, 3, 0.3)) or "番茄炒鸡蛋"
+        raise ValueError(
+            f"{name!r} is not a dish that can be drawn. Similar names: {similar}. "
+            f"Ingredients: {'、'.join(INGREDIENTS)}. Ways of cooking: {'、'.join(WAYS)}."
+        )
     return _DISHES[name]
 
 
 def dish_names(split: str = "train") -> list[str]:
-    """All names of a split, "train" or "held_out". A pair has two names in each way of cooking, one in each order."""
+    """Return all dish names of a split, "train" or "held_out".
+
+    A pair of ingredients has two names for each way of cooking, one per order.
+    """
     if split not in ("train", "held_out"):
         raise ValueError(f'split is "train" or "held_out", not {split!r}')
-    held_out = {name for name, dish in _DISHES.items()
-                if HELD_OUT_PAIRS & {dish.ingredients, dish.ingredients[::-1]}}
-    return [name for name in _DISHES if (name in held_out) == (split == "held_out")]
+    names = []
+    for name, (ingredients, _) in _DISHES.items():
+        held_out = ingredients in HELD_OUT_PAIRS or ingredients[::-1] in HELD_OUT_PAIRS
+        if held_out == (split == "held_out"):
+            names.append(name)
+    return names
 
 
-LIGHT, HALF_WAY = (-0.48, -0.52, 0.71), (-0.26, -0.28, 0.92)        # unit vectors l and m; x right, y down, z to the eye
+# -------------------------------------------------------------------------------------- rendering
+# A canvas is an array [5, n, n] of red, green, blue, height and specular coefficient. A sprite has
+# alpha as a sixth channel. A height of 1 is n / 2.6 pixels, about the radius of a vessel.
 
-
-def _paste(canvas, sprite, x, y, lift=0.0, tint=1.0, sink=0.0):
-    """Lay a sprite on the canvas [5, n, n], its middle at pixel (x, y), raised by lift; sink fades it into what is below."""
-    side, n = sprite.shape[-1], canvas.shape[-1]
-    left, top = round(x - side / 2), round(y - side / 2)
-    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, n), min(top + side, n)
-    sprite = sprite[:, y0 - top:y1 - top, x0 - left:x1 - left]
-    tint_and_lift = np.array([*(np.ones(3) * tint), 1, 1], dtype=np.float32)[:, None, None]
-    layer = sprite[:5] * tint_and_lift
-    layer[3] += lift
-    below = canvas[:, y0:y1, x0:x1]
-    layer -= below
-    layer *= sprite[5] * np.float32(1 - sink)
-    below += layer
-
-
-def _light(canvas):
-    """One light over the pile: [5, n, n] → [3, n, n] in [0, 1]."""
-    n = canvas.shape[-1]
-    height, gloss = canvas[3] * np.float32(n / 2.6), canvas[4]      # height in pixels
-    dx, dy = np.zeros_like(height), np.zeros_like(height)
-    np.subtract(height[:, 1:], height[:, :-1], out=dx[:, 1:])
-    np.subtract(height[1:], height[:-1], out=dy[1:])
-    length = 1 / np.sqrt(dx * dx + dy * dy + 1)
-    diffuse, shine = (np.maximum((z - x * dx - y * dy) * length, 0) for x, y, z in (LIGHT, HALF_WAY))
-    shadow = np.zeros_like(height)
-    for k in range(1, 6):                                           # neighbours towards the light, n/64 apart
-        step = k * n // 64
-        above, here = height[:-step, :-step] - np.float32(1.1 * step), shadow[step:, step:]
-        np.maximum(here, above - height[step:, step:], out=here)
-    lit = 1 - np.minimum(shadow * np.float32(26 / n), 0.55)
-    for _ in range(4):                                              # to the power of 16
-        shine *= shine
-    picture = canvas[:3] * (0.42 + 0.82 * diffuse * lit)
-    picture += 0.5 * gloss * shine * lit
-    return np.clip(picture, 0, 1, out=picture)
-
-
-def _positions(way, ingredients, rng):
-    """Where the pieces lie, the outermost first: x, y [pieces] in units of the vessel's radius, and which ingredient each is."""
-    pieces = way.pieces
-    k, start = np.arange(pieces)[::-1], rng.uniform(0, 2 * np.pi)
-    distance, angle = way.spread * np.sqrt((k + 0.6) / pieces), 2.39996 * k + start   # a sunflower's spiral
-    x = distance * np.cos(angle) + rng.normal(0, 0.03, pieces)
-    y = distance * np.sin(angle) + rng.normal(0, 0.03, pieces)
-    if way.side_by_side:
-        rank = np.argsort(np.argsort(x * np.cos(start) + y * np.sin(start)))
-        return x, y, rank * len(ingredients) // pieces
-    return x, y, (k + rng.integers(2)) % len(ingredients)             # in turn, so that none is hidden
+# Unit vectors: x points right, y down, z to the eye.
+LIGHT = (-0.48, -0.52, 0.71)  # l
+HALF_WAY = (-0.26, -0.28, 0.92)  # m, half-way between the light and the eye
 
 
 def draw_dish(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
-    """The picture of a dish, uint8 [3, size, size]; the same (name, seed) gives the same dish at every size, 32 … 512.
+    """Draw a dish: uint8 [3, size, size].
 
-    Raises ValueError for a name that is no dish, and for another size.
+    name: one of `dish_names`
+    size: side of the image in pixels, 32 … 512
+    seed: the same name and seed give the same dish at every size
+
+    Raises ValueError for an unknown name and for a size outside of this range.
     """
     if not 32 <= size <= 512:
         raise ValueError(f"size is 32 to 512 pixels, not {size}")
     ingredients, way = attributes(name)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    n = size * 2 if size <= 128 else size                           # small pictures are drawn twice as large, then halved
-    kind, shift = rng.integers(len(TABLES)), rng.random(2)
-    canvas = np.roll(render_table(int(kind), n), tuple((shift * n).astype(int)), (1, 2))
+    n = size * 2 if size <= 128 else size  # small images are drawn at twice the size, then halved
+
+    # The tabletop, cyclically shifted.
+    tabletop = rng.integers(len(TABLETOPS))
+    shift = rng.random(2)
+    offset = tuple((shift * n).astype(int))
+    canvas = np.roll(render_tabletop(int(tabletop), n), offset, axis=(1, 2))
     canvas[:3] *= rng.uniform(0.9, 1.1)
+
+    # The vessel, near the centre of the image. It has one of four radii, so that few different
+    # sprites are rendered and most come from the cache.
     radius = n / 2 * (0.78 + 0.04 * rng.integers(4))
     if way in ("砂锅", "铁板"):
-        radius *= 0.92                                              # their ears and corners reach further
+        radius *= 0.92  # the handles of the pot and the corners of the plate extend further
     centre = n / 2 + n * rng.uniform(-0.05, 0.05, 2)
-    _paste(canvas, render_vessel(way, round(radius)), *centre, tint=rng.uniform(0.92, 1.04))
-    tints = rng.uniform(0.9, 1.1, (2, 1)) * rng.uniform(0.95, 1.05, (2, 3))
-    x, y, which = _positions(WAYS[way], ingredients, rng)
+    vessel = render_vessel(way, round(radius))
+    _paste(canvas, vessel, *centre, tint=rng.uniform(0.92, 1.04))
+
+    # The pieces, from the outermost to the innermost.
+    tints = rng.uniform(0.9, 1.1, (2, 1)) * rng.uniform(0.95, 1.05, (2, 3))  # [ingredient, RGB]
+    x, y, ingredient_index = _arrange_pieces(WAYS[way], ingredients, rng)
     if way == "铁板":
-        x *= 1.25
-    variant, turn = rng.integers(VARIANTS, size=len(x)), rng.integers(TURNS, size=len(x))
+        x *= 1.25  # the plate is oblong
+    variant = rng.integers(VARIANTS, size=len(x))
+    rotation = rng.integers(ROTATIONS, size=len(x))
     brightness = rng.uniform(0.94, 1.06, len(x))
-    for i, chosen in enumerate(which):
-        name = ingredients[chosen]
-        sprite = render_piece(name, int(variant[i]), int(turn[i]), round(INGREDIENTS[name].reach * radius))
-        px, py = centre[0] + x[i] * radius, centre[1] + y[i] * radius
-        lift = 0.6 * canvas[3, int(py), int(px)] + 0.02             # it leans on what lies there already
-        _paste(canvas, sprite, px, py, lift, tints[chosen] * brightness[i], sink=0.12 if way == "汤" else 0.0)
-    picture = _light(canvas)
-    if n > size:
-        picture = (picture[:, ::2] + picture[:, 1::2])
-        picture = (picture[:, :, ::2] + picture[:, :, 1::2]) / 4
-    return (picture * 255 + 0.5).astype(np.uint8)
+    transparency = 0.12 if way == "汤" else 0.0  # the broth covers the pieces of a soup
+    for i, k in enumerate(ingredient_index):
+        piece_radius = round(INGREDIENTS[ingredients[k]].radius * radius)
+        piece = render_piece(ingredients[k], int(variant[i]), int(rotation[i]), piece_radius)
+        piece_x = centre[0] + x[i] * radius
+        piece_y = centre[1] + y[i] * radius
+        # A piece on top of others lies higher: by 0.6 of the height below its middle.
+        height_below = canvas[3, int(piece_y), int(piece_x)]
+        lift = 0.6 * height_below + 0.02
+        _paste(canvas, piece, piece_x, piece_y, lift, tints[k] * brightness[i], transparency)
+
+    image = _shade(canvas)
+    if n > size:  # the mean of 2×2 pixels
+        image = image[:, ::2] + image[:, 1::2]
+        image = (image[:, :, ::2] + image[:, :, 1::2]) / 4
+    return (image * 255 + 0.5).astype(np.uint8)
+
+
+def _arrange_pieces(way, ingredients, rng):
+    """Place the pieces on a Vogel spiral, as the seeds of a sunflower, with Gaussian jitter.
+
+        r_k = pile_radius · sqrt((k + 0.6) / pieces),    angle_k = start + k · golden angle
+
+    Returns x, y [pieces] in units of the vessel's radius, the outermost piece first, and the
+    index of the ingredient of each piece.
+    """
+    pieces = way.pieces
+    k = np.arange(pieces)[::-1]
+    start = rng.uniform(0, 2 * np.pi)
+    r = way.pile_radius * np.sqrt((k + 0.6) / pieces)
+    angle = 2.39996 * k + start  # golden angle: π (3 - √5) = 2.39996 rad
+    x = r * np.cos(angle) + rng.normal(0, 0.03, pieces)
+    y = r * np.sin(angle) + rng.normal(0, 0.03, pieces)
+    if way.side_by_side:
+        # Sort the pieces along the direction `start`. Of two ingredients, the first half of the
+        # sorted pieces gets index 0 and the second half index 1.
+        position = x * np.cos(start) + y * np.sin(start)
+        rank = np.argsort(np.argsort(position))  # rank of each piece in the sorted order
+        ingredient_index = rank * len(ingredients) // pieces
+    else:
+        # Alternate along the spiral, so that both ingredients are visible.
+        ingredient_index = (k + rng.integers(2)) % len(ingredients)
+    return x, y, ingredient_index
+
+
+def _paste(canvas, sprite, x, y, lift=0.0, tint=1.0, transparency=0.0):
+    """Composite a sprite [6, h, w] on the canvas [5, n, n], in place.
+
+    x, y: the pixel of the canvas on which the middle of the sprite lies
+    lift: is added to the sprite's height
+    tint: factor of its colour, one number or one per channel
+    transparency: 0 … 1; the sprite's alpha is multiplied by 1 - transparency
+    """
+    # Clip the sprite to the canvas.
+    side = sprite.shape[-1]
+    n = canvas.shape[-1]
+    left = round(x - side / 2)
+    top = round(y - side / 2)
+    x0, x1 = max(left, 0), min(left + side, n)
+    y0, y1 = max(top, 0), min(top + side, n)
+    sprite = sprite[:, y0 - top : y1 - top, x0 - left : x1 - left]
+    region = canvas[:, y0:y1, x0:x1]  # a view: writing to it changes the canvas
+
+    factors = np.array([*(np.ones(3) * tint), 1, 1], dtype=np.float32)
+    layer = sprite[:5] * factors[:, None, None]
+    layer[3] += lift
+    alpha = sprite[5] * np.float32(1 - transparency)
+
+    # region + alpha · (layer - region), in place to save time
+    layer -= region
+    layer *= alpha
+    region += layer
+
+
+def _shade(canvas):
+    """Shade a canvas [5, n, n] with the formulas of the module's docstring: [3, n, n] in 0 … 1."""
+    n = canvas.shape[-1]
+    colour = canvas[:3]
+    height = canvas[3] * np.float32(n / 2.6)  # in pixels
+    specular = canvas[4]
+
+    # The slopes of the surface: differences to the left and upper neighbours.
+    dx = np.zeros_like(height)
+    dy = np.zeros_like(height)
+    np.subtract(height[:, 1:], height[:, :-1], out=dx[:, 1:])
+    np.subtract(height[1:], height[:-1], out=dy[1:])
+    inverse_norm = 1 / np.sqrt(dx * dx + dy * dy + 1)
+
+    def cosine(direction):  # max(n·direction, 0)
+        x, y, z = direction
+        return np.maximum((z - x * dx - y * dy) * inverse_norm, 0)
+
+    diffuse = cosine(LIGHT)  # max(n·l, 0)
+    highlight = cosine(HALF_WAY)  # max(n·m, 0)
+    for _ in range(4):  # to the power of 16
+        highlight *= highlight
+
+    # The light comes from the upper left. A ray that passes just over the surface at a pixel
+    # descends by 1.1 pixels for each step of one pixel down and one to the right. Where it arrives
+    # above the surface, it leaves a shadow. The excess is the height of the highest of five rays
+    # above the surface.
+    excess = np.zeros_like(height)
+    for k in range(1, 6):
+        step = k * n // 64
+        surface = height[step:, step:]
+        ray = height[:-step, :-step] - np.float32(1.1 * step)  # its height when it arrives
+        highest = excess[step:, step:]  # a view: writing to it changes the excess
+        np.maximum(highest, ray - surface, out=highest)
+    shadow = 1 - np.minimum(excess * np.float32(26 / n), 0.55)  # 1 = no shadow
+
+    image = colour * (0.42 + 0.82 * diffuse * shadow)
+    image += 0.5 * specular * highlight * shadow
+    return np.clip(image, 0, 1, out=image)
+
+
+# -------------------------------------------------------------------------------------- dataset
 
 
 class Dishes(torch.utils.data.Dataset):
-    """`length` drawn dishes; item i is (picture uint8 [3, size, size], name), always the same for the same seed.
+    """Item i is (image uint8 [3, size, size], name): a drawn dish that depends on seed and i only.
 
-    split is "train" or "held_out". One training dish in eight has one ingredient, the others have two.
+    length: number of items
+    size: side of the images in pixels, 32 … 512
+    split: "train" or "held_out"
+    seed: another seed gives other names and other images
+
+    One training dish in eight has one ingredient, the others have two.
     """
 
     def __init__(self, length: int = 20_000, size: int = 64, split: str = "train", seed: int = 0):
-        self.length, self.size, self.seed = length, size, seed
+        self.length = length
+        self.size = size
+        self.seed = seed
         names = dish_names(split)
-        self.of_two = [name for name in names if len(attributes(name).ingredients) == 2]
-        self.of_one = [name for name in names if len(attributes(name).ingredients) == 1] or self.of_two
+        one = [name for name in names if len(attributes(name).ingredients) == 1]
+        two = [name for name in names if len(attributes(name).ingredients) == 2]
+        if not one:  # in the split "held_out" each name has two ingredients
+            one = two
+        self.one_ingredient_names = one
+        self.two_ingredient_names = two
 
     def __len__(self):
         return self.length
@@ -201,6 +323,8 @@ class Dishes(torch.utils.data.Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"dish {index} of {self.length}")
         seed = self.seed * 1_000_003 + index
-        chance = random.Random(seed)
-        name = chance.choice(self.of_one if chance.random() < 0.125 else self.of_two)
+        rng = random.Random(seed)
+        has_one_ingredient = rng.random() < 0.125
+        names = self.one_ingredient_names if has_one_ingredient else self.two_ingredient_names
+        name = rng.choice(names)
         return torch.from_numpy(draw_dish(name, self.size, seed)), name

@@ -1,301 +1,329 @@
-"""Pictures and captions in one LMDB file: written once, read at random from any worker.
+"""Image–caption records in one LMDB file: written once, read at random by any worker process.
 
-A record is three things, one after another: the length of a header (4 bytes, little-endian), the header, JSON in UTF-8 such as
-{"caption": "番茄炒鸡蛋"} and whatever columns one adds, and the picture: the bytes of an image file (PNG, JPEG ...), or, if the header has
-a "shape", [3, H, W], so many numbers of a byte each. These take a little more room than a PNG and no time to decode. Nothing is ever
-unpickled, so a store from a stranger runs nothing here. Record 42 has the key "000000042"; beside the records stands the key "about":
-{"layout": "easy-diffusion image-caption", "version": 2, "count": N}.
+A *store* is a folder with an LMDB file (data.mdb). LMDB is an embedded key–value database. It maps
+its file into memory, so a process reads only the pages that it accesses. Its transactions are
+atomic: if a process is killed, each transaction is in the file completely or not at all.
+lmdb_environment.py opens and writes the file.
 
-LMDB maps the file into memory: a reader touches only the pages that it wants, and a transaction is there as a whole or not at
-all, whenever the process dies. The file needs lmdb, Pillow, numpy, torch and tqdm.
+Record 42 has the key "000000042". Its value consists of three parts, one after another:
+
+    length    4 bytes, little-endian: the length of the header
+    header    JSON in UTF-8, such as {"caption": "番茄炒鸡蛋"}, with any further fields
+    image     if the header has a field "shape": [3, H, W], the 3·H·W uint8 pixel values;
+              else the content of an image file (PNG, JPEG, …)
+
+Pixel values need a little more space than a PNG and no time to decode. Nothing is unpickled, so a
+store from an untrusted source cannot execute code.
+
+The *metadata* of a store stands beside the records, as JSON under the key "about":
+
+    {"layout": "easy-diffusion image-caption", "version": 2, "count": N}
+
+The layout contains the name of this project, Easy Diffusion, because other programs also use the
+name data.mdb.
+
+The file needs lmdb, Pillow, numpy, torch and tqdm and, beside it, lmdb_environment.py.
 
 >>> import tempfile
 >>> folder = tempfile.mkdtemp()
->>> records = [(torch.zeros(3, 8, 8, dtype=torch.uint8), "番茄汤"), (torch.ones(3, 8, 8, dtype=torch.uint8), "土豆汤")]
->>> *_, count = append(folder, records)
->>> picture, caption = ImageCaptionStore(folder)[1]
->>> count, tuple(picture.shape), caption
-(2, (3, 8, 8), '土豆汤')
+>>> black = torch.zeros(3, 8, 8, dtype=torch.uint8)
+>>> counts = list(append_records(folder, [(black, "番茄汤"), (black + 255, "土豆汤")]))
+>>> image, caption = ImageCaptionStore(folder)[1]
+>>> counts, tuple(image.shape), caption
+([1, 2], (3, 8, 8), '土豆汤')
 """
 
-import contextlib
 import hashlib
 import io
 import itertools
 import json
-import os
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-# What Pillow and its like raise for a file that is no picture.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error, EOFError, Image.DecompressionBombError)
-LAYOUT, VERSION = "easy-diffusion image-caption", 2                         # version 1 had image files alone
-METADATA_KEY = b"about"
-_environments, _writers = {}, set()
+from .lmdb_environment import (
+    METADATA_KEY,
+    commit,
+    open_reader,
+    open_writer,
+    read_metadata,
+    recover,
+)
+
+# The exceptions that Pillow raises for a file that is damaged or not an image.
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    RuntimeError,
+    struct.error,
+    EOFError,
+    Image.DecompressionBombError,
+)
+LAYOUT = "easy-diffusion image-caption"
+VERSION = 2  # version 1 contained image files only, no pixel values
 
 
 class ImageCaptionStore(torch.utils.data.Dataset):
-    """The records of a folder; item i is (picture uint8 [3, H, W], caption).
+    """Item i of a store is (image uint8 [3, H, W], caption).
 
-    The file is opened at the first access in each process, so that the store can go to any worker, forked or spawned.
-    Raises FileNotFoundError where there is no store, ValueError for an LMDB of another layout or version, and, at the
-    access, KeyError or ValueError for a record that is missing or damaged, with its number.
+    The LMDB file is opened at the first access in each process, so the dataset can be passed to
+    worker processes, forked or spawned. Raises FileNotFoundError if there is no store, ValueError
+    for an LMDB file of another layout or version. An access raises KeyError for a missing record
+    and ValueError for a damaged one, with its index.
     """
 
     def __init__(self, folder):
         self.folder = str(folder)
         if not (Path(folder) / "data.mdb").is_file():
-            raise FileNotFoundError(f"no store in {folder}: `append` writes one")
+            raise FileNotFoundError(f"no store in {folder}: `append_records` writes one")
         self.length = count_records(folder)
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
-        picture, header = read_record(self.folder, index, self.length, decode_record)
-        return picture, header["caption"]
+        image, header = read_record(self.folder, index, self.length, decode_record)
+        return image, header["caption"]
 
 
-def read_record(folder, index: int, length: int, decode_record: Callable):
-    """What `unpack` makes of record `index` of `length`, a buffer that is valid until it returns. Raises IndexError, KeyError where it is
-    missing, ValueError where it is damaged."""
+# -------------------------------------------------------------------------------------- reading
+
+
+def read_record(folder, index: int, length: int, parse: Callable):
+    """Return parse(record) for one record of a store.
+
+    index: 0 … length - 1
+    length: the number of records in the store
+    parse: a function of the record; the record is a buffer that is valid only during the call
+
+    Raises IndexError for an index out of range, KeyError if the record is missing, ValueError if
+    it is damaged.
+    """
     if not 0 <= index < length:
         raise IndexError(f"record {index} of {length} in {folder}")
     with open_reader(folder) as transaction:
         record = transaction.get(record_key(index))
         if record is None:
-            raise KeyError(f"record {index} is missing in {folder}, which should hold {length}")
+            raise KeyError(f"record {index} is missing in {folder}, which has {length} records")
         try:
-            return decode_record(record)
-        except (*UNREADABLE, KeyError) as error:
+            return parse(record)
+        except (*DECODE_ERRORS, KeyError) as error:
             raise ValueError(f"record {index} in {folder} is damaged: {error}") from error
 
 
+def read_headers(folder) -> Iterator[dict]:
+    """Yield the header of each record, in order, without decoding the images."""
+    length = count_records(folder)
+    return (read_record(folder, index, length, parse_header) for index in range(length))
+
+
+def read_captions(folder) -> Iterator[str]:
+    """Yield the caption of each record, in order."""
+    return (header["caption"] for header in read_headers(folder))
+
+
 def count_records(folder) -> int:
-    """How many records a folder's store holds; 0 where there is none. Raises ValueError for an LMDB that is not a store."""
+    """Return the number of records in a store; 0 if there is no store.
+
+    Raises ValueError if the folder contains an LMDB file that is not a store.
+    """
     return _parse_count(read_metadata(folder), folder)
 
 
-def read_metadata(folder) -> bytes | None:
-    """What a store says of itself; None where there is nothing yet, b"" for an LMDB that does not say."""
-    file = Path(folder) / "data.mdb"
-    if not file.is_file() or file.stat().st_size == 0:                      # empty: a writer was killed as it began
-        return None
-    with open_reader(folder) as transaction:
-        about = transaction.get(METADATA_KEY)
-        return bytes(about) if about is not None else b"" if transaction.stat()["entries"] else None
-
-
-def _parse_count(about, folder):
-    if about is None:
+def _parse_count(metadata: bytes | None, folder) -> int:
+    """Check the metadata of a store and return its number of records."""
+    if metadata is None:
         return 0
     try:
-        about = json.loads(about)
-        layout, version = about["layout"], about["version"]
+        fields = json.loads(metadata)
+        layout, version = fields["layout"], fields["version"]
     except (TypeError, ValueError, KeyError):
         layout = version = None
     if layout != LAYOUT:
-        raise ValueError(f"{folder} holds an LMDB, but not one that ImageCaptionStore can read: its record «about» is missing, or of "
-                         "another layout")
+        raise ValueError(
+            f"{folder} holds an LMDB, but not one that ImageCaptionStore can read: its metadata,"
+            f' under the key "{METADATA_KEY.decode()}", is missing or describes another layout'
+        )
     if version not in (1, VERSION):
-        raise ValueError(f"{folder} has layout version {version}; this code reads versions 1 and {VERSION}")
-    return about["count"]
+        raise ValueError(
+            f"{folder} has layout version {version}; this code reads versions 1 and {VERSION}"
+        )
+    return fields["count"]
+
+
+# -------------------------------------------------------------------------------------- writing
 
 
 def append_records(folder, records: Iterable, per_transaction: int = 256) -> Iterator[int]:
-    """Write (picture, caption) records after those that are there; yields the number of records after each, once they are committed.
+    """Append records to a store, which is created if there is none.
 
-    A third part of a record may be a dict of further columns that JSON can hold, for its header. A picture is uint8 [3, H, W], or the
-    bytes of an image file; either is stored as it is. Killed at any moment, the store holds whole transactions:
-    `count` tells from which record to go on. It grows as it must.
+    records: (image, caption) or (image, caption, extra_fields); see `encode_record`
+    per_transaction: number of records that are committed at once
+
+    A generator, which writes only as it is iterated. After each commit it yields once for each
+    record of this commit: the number of records in the store up to and including this one. If the
+    process is killed, the store contains whole transactions, and `count_records` tells from which
+    record to resume.
     """
     with open_writer(folder) as environment:
-        about, records = read_metadata(folder), iter(records)                    # once: another process may be writing, too
-        present = _parse_count(about, folder)
-        while packed := [encode_record(*record) for record in itertools.islice(records, per_transaction)]:
-            before = about
-            about = json.dumps({"layout": LAYOUT, "version": VERSION, "count": present + len(packed)}).encode()
-            commit(environment, [*((record_key(present + i), record) for i, record in enumerate(packed)), (METADATA_KEY, about)], before)
-            for _ in packed:
-                present += 1
-                yield present
+        # The metadata is read only once. From then on this writer knows what it has written, and
+        # `commit` raises if another process has changed it.
+        metadata = read_metadata(folder)
+        count = _parse_count(metadata, folder)
+        records = iter(records)
+        while True:
+            chunk = itertools.islice(records, per_transaction)
+            encoded = [encode_record(*record) for record in chunk]
+            if not encoded:
+                return
+            previous_metadata = metadata
+            metadata = json.dumps(
+                {"layout": LAYOUT, "version": VERSION, "count": count + len(encoded)}
+            ).encode()
+            items = [(record_key(count + i), record) for i, record in enumerate(encoded)]
+            commit(environment, items, metadata, previous_metadata)
+            for _ in encoded:
+                count += 1
+                yield count
 
 
-def store_files(folder, rows: Iterable, read: Callable, settings: dict, show_progress: bool = True, total: int | None = None):
-    """Write pictures from files into a store, with a progress bar, or go on with one that was begun.
+def store_files(
+    folder,
+    samples: Iterable,
+    load_image: Callable,
+    settings: dict,
+    show_progress: bool = True,
+    total: int | None = None,
+) -> tuple[int, dict[str, str]]:
+    """Write image files into a store; to an existing store, append those that it lacks.
 
-    rows: (name, caption, source), source a Path, an image file's bytes, or a str that says why there is none; total: how many, if they
-    cannot be counted. read: a stream of an image file → uint8 [H, W, 3]. settings: what the pictures depend on; a store that was begun with
-    others is refused (ValueError). A picture is known by its content and caption: whoever calls again, even with new names, adds only what
-    is new. Returns the number of records and, for each name that was skipped, why.
+    samples: tuples (name, caption, source)
+        name: describes where the image is from, for messages
+        source: the image file as a Path, or its content as bytes; for a sample without a usable
+            image or caption, a str with the reason, and the sample is skipped
+    load_image: a function from a binary stream to uint8 [H, W, 3]
+    settings: everything else that the stored images depend on, such as {"size": 128}
+    show_progress: show a progress bar
+    total: the number of samples, for the progress bar, if `samples` has no length
+
+    A record is identified by a hash of its file's content and caption, not by its name. An
+    interrupted call is therefore resumed by the same call. Returns the number of records in the
+    store and a dict from the name of each skipped sample to the reason. Raises ValueError if the
+    store was written with other settings.
     """
     recover(folder)
-    done, skipped = {}, {}
-    for header in read_headers(folder) if count_records(folder) else ():
-        if header.get("settings") != settings or "content" not in header:
-            raise ValueError(f"{folder} was built with other settings, {header.get('settings')}, not {settings}: give it another name, or "
-                             "remove it")
-        done[header["content"]] = header["file"]
+    stored_names = {}  # content hash → name
+    if count_records(folder):
+        for header in read_headers(folder):
+            if header.get("settings") != settings or "content" not in header:
+                raise ValueError(
+                    f"{folder} was built with other settings, {header.get('settings')}, not"
+                    f" {settings}: use another folder or remove this one"
+                )
+            stored_names[header["content"]] = header["file"]
 
-    def records():
-        for name, caption, source in tqdm(rows, f"into {folder}", total, disable=not show_progress, unit="picture"):
-            name, problem = name.encode("utf-8", "backslashreplace").decode(), source if isinstance(source, str) else None
-            try:
-                if problem is None:
-                    data = source if isinstance(source, bytes) else source.read_bytes()
-                    content = hashlib.blake2b(caption.encode() + b"\0" + data, digest_size=16).hexdigest()
-                    if content not in done:
-                        yield torch.from_numpy(read(io.BytesIO(data))).permute(2, 0, 1), caption, {
-                            "file": name, "content": content, "settings": settings}
-                        done[content] = name
-                    elif done[content] != name:
-                        problem = f"the same picture and caption as {done[content]}"
-            except UNREADABLE as error:                                     # of a caption that is not UTF-8, too
-                problem = str(error) or type(error).__name__
-            if problem is not None:
-                skipped[name] = problem
-
-    for _ in append_records(folder, records()):
+    skipped: dict[str, str] = {}
+    samples = tqdm(
+        samples, desc=f"writing {folder}", total=total, disable=not show_progress, unit="image"
+    )
+    records = _new_records(samples, load_image, settings, stored_names, skipped)
+    for _ in append_records(folder, records):
         pass
     return count_records(folder), skipped
 
 
-def read_headers(folder) -> Iterator[dict]:
-    """The header of each record, in order; pictures are not decoded."""
-    length = count_records(folder)
-    return (read_record(folder, index, length, decode_header) for index in range(length))
+def _new_records(samples, load_image, settings, stored_names, skipped) -> Iterator[tuple]:
+    """Yield (image, caption, extra_fields) of each sample that a store lacks.
+
+    Adds new records to `stored_names` and the reasons of skipped samples to `skipped`.
+    """
+    for name, caption, source in samples:
+        name = name.encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
+        if isinstance(source, str):
+            reason = source
+            skipped[name] = reason
+            continue
+        try:
+            data = source if isinstance(source, bytes) else source.read_bytes()
+            content_hash = _hash_content(caption, data)
+            if content_hash not in stored_names:
+                image = torch.from_numpy(load_image(io.BytesIO(data))).permute(2, 0, 1)
+                fields = {"file": name, "content": content_hash, "settings": settings}
+                yield image, caption, fields
+                # The generator goes on here when the next record is asked for.
+                stored_names[content_hash] = name
+            elif stored_names[content_hash] != name:
+                skipped[name] = f"the same image and caption as {stored_names[content_hash]}"
+        except DECODE_ERRORS as error:
+            # A damaged file, or a caption that cannot be encoded in UTF-8.
+            skipped[name] = str(error) or type(error).__name__
 
 
-def read_captions(folder) -> Iterator[str]:
-    """The caption of each record, in order."""
-    return (header["caption"] for header in read_headers(folder))
+def _hash_content(caption: str, data: bytes) -> str:
+    """Hash a caption and the content of its image file: 32 hexadecimal digits."""
+    return hashlib.blake2b(caption.encode() + b"\0" + data, digest_size=16).hexdigest()
 
 
-def encode_record(picture, caption: str, columns: dict | None = None) -> bytes:
-    """One record: header length, header, encoded picture."""
-    shape = {}
-    if not isinstance(picture, (bytes, bytearray)):
-        picture = torch.as_tensor(picture)
-        if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
-            raise ValueError(f"a picture is uint8 [3, H, W], not {picture.dtype} {list(picture.shape)}")
-        shape, picture = {"shape": list(picture.shape)}, picture.contiguous().numpy().tobytes()
+# ------------------------------------------------------------------------------- record encoding
+
+
+def encode_record(image, caption: str, extra_fields: dict | None = None) -> bytes:
+    """Encode one record: length of the header, header, image.
+
+    image: uint8 [3, H, W], or the content of an image file as bytes, which is stored unchanged
+    extra_fields: further fields of the header; JSON must be able to represent them
+    """
+    shape_field = {}
+    if not isinstance(image, (bytes, bytearray)):
+        image = torch.as_tensor(image)
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"an image is uint8 [3, H, W], not {image.dtype} {list(image.shape)}")
+        shape_field = {"shape": list(image.shape)}
+        image = image.contiguous().numpy().tobytes()
     if not isinstance(caption, str):
         raise TypeError(f"a caption is a str, not {caption!r}")
-    header = json.dumps({"caption": caption} | (columns or {}) | shape, ensure_ascii=False).encode()
-    return struct.pack("<I", len(header)) + header + picture
+    fields = {"caption": caption} | (extra_fields or {}) | shape_field
+    header = json.dumps(fields, ensure_ascii=False).encode()
+    return struct.pack("<I", len(header)) + header + image
 
 
-def decode_header(record) -> dict:
-    """The header of one record: a dict with a caption. Raises ValueError or struct.error for something else."""
-    size, = struct.unpack_from("<I", record)
-    header = json.loads(bytes(record[4:4 + size]))
+def split_record(record) -> tuple[dict, bytes | memoryview]:
+    """Split one record, bytes or a buffer, into its header and the content after the header.
+
+    The header is a dict with at least a caption. Raises ValueError or struct.error if the record
+    has no such header.
+    """
+    (length,) = struct.unpack_from("<I", record)
+    header = json.loads(bytes(record[4 : 4 + length]))
     if not isinstance(header, dict) or not isinstance(header.get("caption"), str):
         raise ValueError("its header has no caption")
+    return header, record[4 + length :]
+
+
+def parse_header(record) -> dict:
+    """Return the header of one record, bytes or a buffer."""
+    header, _ = split_record(record)
     return header
 
 
 def decode_record(record) -> tuple[torch.Tensor, dict]:
-    """(picture uint8 [3, H, W], header) of one record, bytes or a buffer."""
-    size, = struct.unpack_from("<I", record)
-    header = decode_header(record)
+    """Return (image uint8 [3, H, W], header) of one record, bytes or a buffer."""
+    header, content = split_record(record)
     if "shape" in header:
-        return torch.frombuffer(bytearray(record[4 + size:]), dtype=torch.uint8).view(header["shape"]), header
-    with Image.open(io.BytesIO(record[4 + size:])) as image:
-        picture = np.array(image.convert("RGB"))
-    return torch.from_numpy(picture).permute(2, 0, 1).contiguous(), header
+        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return pixels.view(header["shape"]), header
+    with Image.open(io.BytesIO(content)) as image:
+        pixels = np.array(image.convert("RGB"))  # [H, W, 3]
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), header
 
 
 def record_key(index: int) -> bytes:
-    """The key of a record."""
+    """Return the key of record `index`: nine decimal digits."""
     return b"%09d" % index
-
-
-def commit(environment, pairs, about: bytes | None = None) -> None:
-    """Write all pairs of key and value in one transaction; the map grows as it must.
-
-    about: what the store said of itself when the writer last saw it. Raises RuntimeError if it says something else now, OSError if the
-    disk does not take it; what was committed before stays as it is.
-    """
-    while True:
-        try:
-            with environment.begin(write=True) as transaction:
-                if pairs[-1][0] == METADATA_KEY and transaction.get(METADATA_KEY) != about:
-                    raise RuntimeError(f"another process is writing to {environment.path()}, too: the last records of this one are "
-                                       "not stored")
-                for key, value in pairs:
-                    transaction.put(key, value)
-            return
-        except lmdb.MapResizedError:
-            environment.set_mapsize(0)
-        except lmdb.MapFullError:
-            environment.set_mapsize(2 * environment.info()["map_size"])
-        except lmdb.Error as error:
-            free = shutil.disk_usage(environment.path()).free / 1e6
-            raise OSError(f"{environment.path()} cannot be written to: {error}; {free:.1f} MB are free there. The records before these are "
-                          "stored") from error
-
-
-def recover(folder) -> None:
-    """For whoever goes on with a store, before asking `count` where. A writer that was killed on the last step of a commit leaves readers a
-    transaction behind, as long as some process has the file open; the next commit mends that, and `writing` begins with one."""
-    if read_metadata(folder) is not None:
-        with open_writer(folder):
-            pass
-
-
-@contextlib.contextmanager
-def open_reader(folder):
-    """A transaction for reading a folder. LMDB must not be opened twice in a process, so there is one environment a process and file; while
-    this process writes, it is the writer's. Another process may have made the store grow: then the map is taken anew."""
-    file = os.stat(f"{folder}/data.mdb")
-    name = os.getpid(), file.st_dev, file.st_ino
-    if name not in _environments:
-        try:
-            _environments[name] = lmdb.open(str(folder), readonly=True, lock=os.access(folder, os.W_OK), readahead=False)
-        except lmdb.Error as error:
-            raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
-    environment = _environments[name]
-    try:
-        transaction = environment.begin(buffers=True)
-    except lmdb.MapResizedError:
-        environment.set_mapsize(0)
-        transaction = environment.begin(buffers=True)
-    with transaction:
-        yield transaction
-
-
-@contextlib.contextmanager
-def open_writer(folder):
-    """The environment for writing to a folder, this process's only one while it is open. Raises RuntimeError if there is one already."""
-    path = Path(folder) / "data.mdb"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    file = path.stat()
-    name = os.getpid(), file.st_dev, file.st_ino
-    if name in _writers:
-        raise RuntimeError(f"{folder} is being written to by this process already: finish that first")
-    if name in _environments:
-        _environments.pop(name).close()
-    try:
-        _environments[name] = environment = lmdb.open(str(folder), map_size=max(2 ** 26, 2 * file.st_size))
-    except lmdb.Error as error:
-        raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
-    _writers.add(name)
-    try:
-        with environment.begin(write=True) as transaction:                  # see `settle`
-            about = transaction.get(METADATA_KEY)
-            if about is not None:
-                transaction.put(METADATA_KEY, about)
-        yield environment
-    finally:
-        _writers.discard(name)
-        _environments.pop(name, None)
-        environment.close()

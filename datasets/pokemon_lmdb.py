@@ -1,15 +1,27 @@
-"""A table of pictures and captions in a store: python -m datasets.pokemon_lmdb TABLE STORE --size 128 --caption zh_text
+"""Write a table into an LMDB store: python -m datasets.pokemon_lmdb TABLE STORE --caption zh_text
 
-TABLE is a .csv or .jsonl file with a column of file names, relative to it, or a .parquet file with the pictures inside, the form in which
-the Pokémon caption sets are published (`image, text`, or `image, en_text, zh_text`). Rows that lack a picture or a caption are skipped and
-counted. The file needs lmdb, Pillow, numpy, torch, tqdm and, for parquet, pyarrow; beside it, aipos.py, aipos_lmdb.py and lmdb_store.py.
+TABLE has a row per image, with a column of captions and a column of images. It is one of
 
->>> import tempfile, pathlib
+    .csv, .jsonl    the column of images has the names of image files, relative to the table
+    .parquet        the column of images has the content of the image files
+
+The Pokémon caption datasets are published as .parquet files with the columns `image, text` or
+`image, en_text, zh_text`. A row without an image or a caption is skipped, and the reason is
+reported. lmdb_store.py describes the store. If the command is interrupted, run it again: it resumes
+where it stopped.
+
+The file needs lmdb, Pillow, numpy, torch, tqdm and, for .parquet, pyarrow; beside it, aipos.py,
+aipos_lmdb.py, lmdb_environment.py and lmdb_store.py.
+
+>>> import tempfile
 >>> from PIL import Image
->>> folder = pathlib.Path(tempfile.mkdtemp())
+>>> folder = Path(tempfile.mkdtemp())
 >>> Image.new("RGBA", (40, 40), (255, 200, 0, 128)).save(folder / "25.png")
->>> _ = (folder / "table.csv").write_text("file_name,zh_text\\n25.png,黄色的电老鼠\\n26.png,\\n", encoding="utf-8")
->>> build(folder / "table.csv", folder / "store", size=32, caption="zh_text", show_progress=False)
+>>> table = folder / "table.csv"
+>>> lines = ["file_name,zh_text", "25.png,黄色的电老鼠", "26.png,"]  # the last caption is empty
+>>> _ = table.write_text("\\n".join(lines), encoding="utf-8")
+>>> count, skipped = build_store(table, folder / "store", 32, "zh_text", show_progress=False)
+>>> count, skipped
 (1, {'table.csv, row 2: 26.png': 'no caption in column zh_text'})
 >>> PokemonLmdb(folder / "store")[0][1]
 '黄色的电老鼠'
@@ -19,7 +31,7 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,98 +39,182 @@ from .aipos import load_photo
 from .aipos_lmdb import AiposFoodLmdb
 from .lmdb_store import store_files
 
-PokemonLmdb = AiposFoodLmdb                                                 # a store does not depend on its source
+# Both kinds of store have the same layout, so one class reads both.
+PokemonLmdb = AiposFoodLmdb
 
 
 def read_table(table) -> tuple[list[str], int, Iterable[dict | str]]:
-    """The columns of a .csv, .jsonl or .parquet file, how many rows it has, and the rows, one after the other; instead of a row that cannot
-    be read, a str that says why. Raises FileNotFoundError, or ValueError for a file that is none of these."""
+    """Read a table: (column names, number of rows, rows).
+
+    table: path of a .csv, .jsonl or .parquet file
+
+    A row is a dict from column names to values. For a row that cannot be read, a str is returned
+    in its place, which is the reason.
+    Raises FileNotFoundError if there is no such file, ValueError if it cannot be read or has
+    another suffix.
+    """
     table = Path(table)
     if not table.is_file():
         raise FileNotFoundError(f"no table {table}")
     if table.suffix == ".parquet":
-        import pyarrow.parquet
-        try:
-            file = pyarrow.parquet.ParquetFile(table)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{table} is damaged, or no parquet file: {error}") from error
-        return file.schema_arrow.names, file.metadata.num_rows, (row for part in file.iter_batches(64) for row in part.to_pylist())
-    text = table.read_text("utf-8-sig", "replace")                          # what is not UTF-8 becomes �
+        return _read_parquet(table)
     if table.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise ValueError(f"{table}, line {reader.line_num}: {error}") from error
-        return reader.fieldnames or [], len(rows), rows
-    elif table.suffix == ".jsonl":
-        rows = [parse_json_row(line) for line in text.split("\n") if line.strip()]
-    else:
-        raise ValueError(f"a table is .csv, .jsonl or .parquet, not {table.name}")
-    return list(dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)), len(rows), rows
+        return _read_csv(table)
+    if table.suffix == ".jsonl":
+        return _read_jsonl(table)
+    raise ValueError(f"a table is .csv, .jsonl or .parquet, not {table.name}")
+
+
+def _read_parquet(table: Path):
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(table)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{table} is damaged or is not a parquet file: {error}") from error
+    rows = (row for batch in file.iter_batches(64) for row in batch.to_pylist())
+    return file.schema_arrow.names, file.metadata.num_rows, rows
+
+
+def _read_csv(table: Path):
+    reader = csv.DictReader(io.StringIO(_read_text(table)))
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{table}, line {reader.line_num}: {error}") from error
+    return reader.fieldnames or [], len(rows), rows
+
+
+def _read_jsonl(table: Path):
+    lines = _read_text(table).split("\n")
+    rows = [parse_json_row(line) for line in lines if line.strip()]
+    columns = {}  # a dict keeps the order in which the columns appear first
+    for row in rows:
+        if isinstance(row, dict):
+            columns |= dict.fromkeys(row)
+    return list(columns), len(rows), rows
+
+
+def _read_text(table: Path) -> str:
+    return table.read_text("utf-8-sig", "replace")  # a byte that is not UTF-8 becomes "\ufffd"
 
 
 def parse_json_row(line: str) -> dict | str:
-    """One line of a .jsonl file, or why it is none."""
+    """Parse one line of a .jsonl file: a dict, or for an invalid line the reason as a str."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        return f"no JSON: {error}"
-    return row if isinstance(row, dict) else "no JSON object"
+        return f"invalid JSON: {error}"
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    return row
 
 
-def build_store(table, store, size: int = 128, caption: str = "text", image: str | None = None, show_progress: bool = True) -> tuple[int, dict[str, str]]:
-    """Write a table into a store. caption, image: the columns (image: file_name or image, whichever there is). Returns how many pictures
-    the store holds and, for each row that was skipped, why. Raises ValueError for a column that is not there, with those that are."""
+def build_store(
+    table,
+    store,
+    size: int = 128,
+    caption_column: str = "text",
+    image_column: str | None = None,
+    show_progress: bool = True,
+) -> tuple[int, dict[str, str]]:
+    """Write the images and captions of a table into a store.
+
+    If the store exists, only the rows that it lacks are appended, so that a call resumes an
+    interrupted one.
+
+    table: path of a .csv, .jsonl or .parquet file
+    store: folder of the store
+    size: side of the stored images in pixels
+    caption_column: name of the column of captions
+    image_column: name of the column of images; by default "file_name" or, if only that exists,
+        "image"
+
+    Returns the number of records in the store and a dict from each skipped row to the reason.
+    Raises ValueError, with the names of the existing columns, if a column does not exist.
+    """
     columns, total, rows = read_table(table)
-    image = image or next((name for name in ("file_name", "image") if name in columns), "file_name")
-    for column in (caption, image):
+    if not image_column:
+        image_column = "file_name"
+        if "file_name" not in columns and "image" in columns:
+            image_column = "image"
+    for column in (caption_column, image_column):
         if column not in columns:
-            raise ValueError(f"{table} has no column {column}; it has {', '.join(map(str, columns)) or 'none'}")
+            existing = ", ".join(map(str, columns)) or "none"
+            raise ValueError(f"{table} has no column {column}; it has {existing}")
+    samples = _list_samples(Path(table).resolve(), rows, caption_column, image_column)
+    settings = {"size": size, "caption": caption_column, "image": image_column}
+    load_image = partial(load_photo, size=size)
+    return store_files(store, samples, load_image, settings, show_progress, total)
 
-    place = Path(table).resolve()
 
-    def entries():
-        for number, row in enumerate(rows, 1):
-            name = f"{place.name}, row {number}"
-            if isinstance(row, str):
-                yield name, "", row
-                continue
-            content, words = row.get(image), row.get(caption)
-            if isinstance(content, str):
-                name += f": {content}"
-            if isinstance(content, dict):                                   # parquet: {"bytes": ..., "path": ...}
-                content = content.get("bytes")
-            if not isinstance(content, (str, bytes)) or not content:
-                yield name, "", "no picture"
-            elif not isinstance(words, str) or not words.strip():
-                yield name, "", f"no caption in column {caption}"
-            elif "\ufffd" in words:
-                yield name, "", f"the caption in column {caption} is not UTF-8: {words}"
-            elif "\n" in words.strip():
-                yield name, "", "the caption runs over several lines: a quote that was not closed?"
-            else:
-                yield name, words.strip(), content if isinstance(content, bytes) else place.parent / content
+def _list_samples(table: Path, rows, caption_column: str, image_column: str) -> Iterator[tuple]:
+    """Yield (name, caption, source) for each row of a table, as `store_files` expects them.
 
-    return store_files(store, entries(), partial(load_photo, size=size), {"size": size, "caption": caption, "image": image}, show_progress, total)
+    For a row that cannot be used, the caption is empty and the source is the reason, a str.
+    """
+    for number, row in enumerate(rows, 1):
+        name = f"{table.name}, row {number}"
+        if isinstance(row, str):  # `read_table` could not read the row
+            reason = row
+            yield name, "", reason
+            continue
+        image = row.get(image_column)
+        if isinstance(image, dict):  # parquet: {"bytes": content of the file, "path": its name}
+            image = image.get("bytes")
+        elif isinstance(image, str):
+            name += f": {image}"
+
+        caption = row.get(caption_column)
+        reason = _why_unusable(image, caption, caption_column)
+        if reason is not None:
+            yield name, "", reason
+        elif isinstance(image, str):
+            yield name, caption.strip(), table.parent / image
+        else:
+            yield name, caption.strip(), image
+
+
+def _why_unusable(image, caption, caption_column: str) -> str | None:
+    """Return the reason to skip a row; None if it has an image and a caption."""
+    if not isinstance(image, (str, bytes)) or not image:
+        return "no image"
+    if not isinstance(caption, str) or not caption.strip():
+        return f"no caption in column {caption_column}"
+    if "\ufffd" in caption:
+        return f"the caption in column {caption_column} is not UTF-8: {caption}"
+    if "\n" in caption.strip():
+        return "the caption has several lines: is a closing quote missing?"
+    return None
 
 
 def main(arguments=None):
-    """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m datasets.pokemon_lmdb", description=__doc__.splitlines()[0])
+    """Run the command; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.pokemon_lmdb", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("table", help="a .csv, .jsonl or .parquet file")
-    parser.add_argument("store", help="where the store goes; if it is there, it is continued")
-    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (default: %(default)s)")
-    parser.add_argument("--caption", default="text", help="the column of captions (default: %(default)s)")
-    parser.add_argument("--image", help="the column of pictures (default: file_name or image, whichever there is)")
+    parser.add_argument("store", help="folder of the store; new images are appended to it")
+    parser.add_argument(
+        "--size", type=int, default=128, help="side of the images in pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--caption", default="text", help="name of the column of captions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--image",
+        help="name of the column of images (default: file_name or image, whichever exists)",
+    )
     options = parser.parse_args(arguments)
     try:
-        count, skipped = build_store(options.table, options.store, options.size, options.caption, options.image)
+        count, skipped = build_store(
+            options.table, options.store, options.size, options.caption, options.image
+        )
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")
-    print(f"{count} pictures in {options.store}, {len(skipped)} rows skipped")
+    print(f"{count} images in {options.store}, {len(skipped)} rows skipped")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,25 @@
-"""Easy Diffusion: plain modules, each a chapter; read them in the order schedule, diffusion, samplers, blocks, unet, train."""
+"""Easy Diffusion: diffusion models in PyTorch, written to be read and copied.
+
+The folders, in reading order:
+
+    diffusion/       noise schedules, prediction types, losses, samplers, guidance, flow matching
+    networks/        UNet, autoencoder, text encoders; reading and writing their weights
+    training/        the training loop and what surrounds it: data loader, optimizers, checkpoints
+    evaluation/      attribute classifier and prompt accuracy, Fréchet distance, PSNR, SSIM
+    inpainting/      RePaint in pixels and in latents, Stable Diffusion's inpainting model
+    animation/       camera moves over an image, written as GIF, WebP or MP4
+
+and the files beside them:
+
+    files.py            atomic writing of files
+    images.py           PNG files and contact sheets with Chinese captions
+    latent_space.py     encoding and decoding batches with an autoencoder
+    presets.py          the demo's data sets, networks and hyperparameters
+    dish_classifier.py  the attribute classifier of drawn dishes, trained and saved
+    generate.py         from trained networks to images of named dishes
+    demo.py             the command python -m easy_diffusion.demo
+    demo_options.py     its options
+    train_model.py      the command python -m easy_diffusion.train_model
+    train_options.py    its options
+    train_setup.py      from its options to a dataset, a text encoder, a network and a diffusion
+"""

@@ -1,8 +1,8 @@
-"""Atomic writing: a reader sees the old file or the new one, never half of one.
+"""Atomic writing: other programs see the old file or the new one, never an incomplete one.
 
-A file is written under a temporary name on the same disk, flushed, and renamed onto its final name.
-Renaming is atomic on POSIX systems and on Windows (`os.replace`). Checkpoints, films, logs and weights
-are all written through this file. It needs nothing but the standard library.
+A file is written under a temporary name on the same disk, flushed, and renamed to its final name.
+Renaming is atomic on POSIX systems and on Windows (`os.replace`). Checkpoints, films, logs and
+weights are all written in this way. The file needs nothing but the standard library.
 
 >>> import tempfile
 >>> path = Path(tempfile.mkdtemp()) / "log.csv"
@@ -20,10 +20,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success it replaces `path`, on an error it is removed.
+    """Yield a temporary path to write to; it replaces `path` on success and is removed on an error.
 
-    The temporary file lies in a folder beside `path`, which the caller may also write other files into.
-    A killed process leaves that folder behind; the next call for the same `path` removes it.
+    The temporary file is in a folder of its own beside `path`; the caller may write other files
+    into that folder, too. A killed process leaves the folder behind. The next call for the same
+    `path` removes it.
     """
     path = Path(path)
     folder = path.with_name(f"{path.name}.writing")
@@ -31,7 +32,8 @@ def atomic_path(path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder / path.name
-        with open(folder / path.name, "rb") as written:
+        # Windows flushes only a file that is open for writing, hence "r+b" and not "rb".
+        with open(folder / path.name, "r+b") as written:
             os.fsync(written.fileno())
         os.replace(folder / path.name, path)
     finally:
@@ -39,6 +41,6 @@ def atomic_path(path) -> Iterator[Path]:
 
 
 def write_atomically(path, data: bytes) -> None:
-    """Write `data` to `path`, creating its folder if it is missing."""
+    """Write `data` to `path`; the folder is created if it does not exist."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)

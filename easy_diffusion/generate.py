@@ -1,4 +1,20 @@
-"""TODO."""
+"""Image generation with trained networks: from the names of dishes to images.
+
+Two functions cover what the demo, the notebooks and the benchmarks need:
+
+    generate_images        one image for each name, by DDIM with classifier-free guidance
+                           (by Euler's method if the network was trained by flow matching)
+    make_model_inpainter   RePaint with the same network (Lugmayr et al., "RePaint", 2022)
+
+Both work on pixels or, if an autoencoder is given, on its latents. Guidance is
+
+    eps = eps_uncond + scale · (eps_cond − eps_uncond)      (Ho & Salimans 2022, with scale = 1 + w)
+
+>>> from .presets import build_networks
+>>> network, encoder, diffusion = build_networks("番茄炒鸡蛋")
+>>> generate_images(network, encoder, diffusion, ["番茄炒鸡蛋"], size=32, steps=2).shape
+(1, 32, 32, 3)
+"""
 
 from collections.abc import Callable
 
@@ -19,39 +35,112 @@ from .training.distributed import autocast
 
 
 @torch.no_grad()
-def guided_denoiser(network, encoder, diffusion, names: list[str], guidance: float, clip: bool = True):
-    """The denoiser of these dishes: guided, clipped to what pictures are, in half precision where that is faster."""
-    with autocast(next(network.parameters()).device):
-        text, nothing = encoder(names), encoder([""])
-    denoise = guided(diffusion.denoiser(network, *text), diffusion.denoiser(network, *nothing), guidance)
-    denoise = clipped(denoise, diffusion.schedule) if clip else denoise
+def guided_denoiser(
+    network, encoder, diffusion, names: list[str], guidance: float, clip: bool = True
+) -> Callable:
+    """Build the denoiser (x_t, t) → Prediction for these names, one image per name.
 
-    def denoise_fast(x_t, t):
+    guidance: scale of classifier-free guidance; 1 means no guidance.
+    clip: keep x0 in [-1, 1], the range of pixels; False for latents.
+    It computes in bfloat16 where the hardware supports it.
+    """
+    with autocast(next(network.parameters()).device):
+        context, mask = encoder(names)                  # [B, L, D], [B, L]
+        context_uncond, mask_uncond = encoder([""])     # [1, L, D], [1, L]
+    denoise_cond = diffusion.denoiser(network, context, mask)
+    denoise_uncond = diffusion.denoiser(network, context_uncond, mask_uncond)
+    denoise = guided(denoise_cond, denoise_uncond, guidance)
+    if clip:
+        denoise = clipped(denoise, diffusion.schedule)
+
+    def denoise_autocast(x_t, t):
         with autocast(x_t.device):
             return denoise(x_t, t)
 
-    return denoise_fast
+    return denoise_autocast
 
 
-def generate_images(network, encoder, diffusion, names: list[str], size: int = SIZE, steps: int = 25, guidance: float = 2.0, seed: int = 0,
-           show_progress: bool = False, autoencoder: Autoencoder | None = None) -> np.ndarray:
-    """One picture for each name by DDIM, or by Euler's steps if the network has learned a flow, uint8 [B, size, size, 3]."""
-    channels, factor = (3, 1) if autoencoder is None else (autoencoder.settings["latent_channels"], autoencoder.factor)
-    denoise = guided_denoiser(network, encoder, diffusion, names, guidance, clip=autoencoder is None)
-    how = dict(shape=(len(names), channels, size // factor, size // factor), steps=steps,
-               generator=torch.Generator().manual_seed(seed), device=next(network.parameters()).device)
-    walk = flow_euler(denoise, **how) if diffusion.prediction_type == "velocity" else ddim(denoise, diffusion.schedule, **how)
-    *_, last = tqdm(walk, total=steps, desc=f"sampling {len(names)} dishes", unit="step", disable=not show_progress)
+def generate_images(
+    network,
+    encoder,
+    diffusion,
+    names: list[str],
+    size: int = SIZE,
+    steps: int = 25,
+    guidance: float = 2.0,
+    seed: int = 0,
+    show_progress: bool = False,
+    autoencoder: Autoencoder | None = None,
+) -> np.ndarray:
+    """Generate one image for each name: uint8 [B, size, size, 3].
+
+    size: height and width of the images in pixels.
+    steps: sampling steps; each evaluates the network with and without the name.
+    guidance: scale of classifier-free guidance; 1 means no guidance.
+    seed: of the initial noise of the whole batch.
+    autoencoder: decodes the samples if the network was trained on latents.
+    """
+    if autoencoder is None:
+        channels = 3
+        side = size
+    else:
+        channels = autoencoder.settings["latent_channels"]
+        side = size // autoencoder.factor
+    denoise = guided_denoiser(
+        network, encoder, diffusion, names, guidance, clip=autoencoder is None
+    )
+    options = dict(
+        shape=(len(names), channels, side, side),
+        steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        device=next(network.parameters()).device,
+    )
+    if diffusion.prediction_type == "velocity":
+        sampling = flow_euler(denoise, **options)
+    else:
+        sampling = ddim(denoise, diffusion.schedule, **options)
+    *_, last = tqdm(
+        sampling,
+        total=steps,
+        desc=f"sampling {len(names)} dishes",
+        unit="step",
+        disable=not show_progress,
+    )
     return to_uint8(last.x) if autoencoder is None else decode_to_uint8(autoencoder, last.x)
 
 
-def make_model_inpainter(network, encoder, diffusion, autoencoder, name: str, steps: int = 25, guidance: float = 2.0, seed: int = 1,
-               progress: Callable = iter) -> Callable:
-    """The demo's painter, RePaint in pixels or latents: of more of the dish of this name, or, for "", of what there is around one.
+def make_model_inpainter(
+    network,
+    encoder,
+    diffusion,
+    autoencoder: Autoencoder | None,
+    name: str,
+    steps: int = 25,
+    guidance: float = 2.0,
+    seed: int = 1,
+    progress: Callable = iter,
+) -> Callable:
+    """Make an inpainter (image uint8 [H, W, 3], mask bool [H, W]) → image from the network.
 
-    seed: of its noise, from one painted part to the next; another one than the dish's own, which would be the same noise again."""
-    denoise = guided_denoiser(network, encoder, diffusion, [name], guidance, clip=autoencoder is None)
-    how = dict(steps=steps, generator=torch.Generator().manual_seed(seed), size_multiple=network.size_multiple, progress=progress, **REPAINT)
+    autoencoder: RePaint works on its latents; None: on pixels.
+    name: caption of the inpainted region; "" continues the surroundings without a caption.
+    steps: noise levels of RePaint.
+    guidance: scale of classifier-free guidance; 1 means no guidance.
+    seed: of one generator, which every call of the inpainter advances. It should differ from
+        the seed of the image, whose initial noise would otherwise be used again.
+    progress: wraps the steps of each call, for example in a tqdm bar.
+    """
+    denoise = guided_denoiser(
+        network, encoder, diffusion, [name], guidance, clip=autoencoder is None
+    )
+    options = dict(
+        steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        size_multiple=network.size_multiple,
+        progress=progress,
+        **REPAINT,
+    )
     if autoencoder is None:
-        return make_inpainter(denoise, diffusion.schedule, device=next(network.parameters()).device, **how)
-    return make_latent_inpainter(denoise, diffusion.schedule, autoencoder, **how)
+        device = next(network.parameters()).device
+        return make_inpainter(denoise, diffusion.schedule, device=device, **options)
+    return make_latent_inpainter(denoise, diffusion.schedule, autoencoder, **options)

@@ -1,4 +1,19 @@
-"""TODO."""
+"""PNG files, and contact sheets of images with Chinese captions.
+
+    to_uint8        samples x in [-1, 1] → uint8 images: round(127.5 · (x + 1))
+    contact_sheet   several images in a grid, with captions
+    encode_png      an image → the bytes of a PNG file
+
+Captions in Chinese need a font with Chinese characters; `load_chinese_font` finds one. The file
+needs torch, numpy and Pillow.
+
+>>> x = torch.tensor([-1.0, 0.0, 1.0, 1.5]).expand(1, 3, 1, 4)          # one image of 1×4 pixels
+>>> images = to_uint8(x)
+>>> images[0, 0, :, 0].tolist()
+[0, 128, 255, 255]
+>>> encode_png(Image.fromarray(images[0]))[1:4]
+b'PNG'
+"""
 
 import io
 from pathlib import Path
@@ -7,47 +22,91 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansSC-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
-         "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc", "simhei.ttf", "SimHei.ttf")
-
-
-def load_chinese_font(pixels: int) -> ImageFont.FreeTypeFont:
-    """The first CJK font that is here: the system's, or that of the package mplfonts. Raises OSError, with a hint, if none is."""
-    folders = []
-    try:
-        import mplfonts
-        folders = [Path(mplfonts.__file__).parent / "fonts"]
-    except ImportError:
-        pass
-    for name in [*FONTS] + [str(folder / name) for folder in folders for name in FONTS]:
-        try:
-            return ImageFont.truetype(name, pixels, index=2 if name.endswith("CJK-Regular.ttc") else 0)     # 2: simplified Chinese
-        except OSError:
-            continue
-    raise OSError("no font with Chinese characters: `pip install mplfonts`, or install the system's Noto Sans CJK")
-
-
-def contact_sheet(rows: list[list[np.ndarray]], captions: list[str], columns: int = 4, side: int = 128) -> Image.Image:
-    """Pictures with a name under them. rows[i]: the pictures, uint8 [H, W, 3], that stand side by side over captions[i]."""
-    font, gap, columns = load_chinese_font(max(12, side // 8)), side // 10, min(columns, len(rows))
-    width, height = side * max(len(row) for row in rows) + gap, side + side // 4
-    sheet = Image.new("RGB", (columns * width + gap, -(-len(rows) // columns) * height + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        x, y = i % columns * width + gap, i // columns * height + gap
-        for k, picture in enumerate(row):
-            sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), (x + k * side, y))
-        pen.text((x + len(row) * side / 2, y + side + 2), caption, fill="black", font=font, anchor="ma")
-    return sheet
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """The image as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+# File names of fonts with Chinese characters, in order of preference.
+FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "msyh.ttc",
+    "simhei.ttf",
+    "SimHei.ttf",
+)
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """Samples [B, 3, H, W] in [-1, 1] → pictures uint8 [B, H, W, 3]; what lies outside is clipped."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """Convert samples [B, 3, H, W] in [-1, 1] to images uint8 [B, H, W, 3].
+
+    Values outside [-1, 1] are clipped.
+    """
+    x = x.float().clamp(-1, 1)
+    images = ((x + 1) * 127.5).round().to(torch.uint8)
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def load_chinese_font(pixels: int) -> ImageFont.FreeTypeFont:
+    """Load the first installed font of FONTS, of the system or of the package mplfonts.
+
+    pixels: font size. Raises OSError if none is installed, and says what to install.
+    """
+    paths = [*FONTS]
+    try:
+        import mplfonts
+
+        folder = Path(mplfonts.__file__).parent / "fonts"
+        paths += [str(folder / name) for name in FONTS]
+    except ImportError:
+        pass
+    for path in paths:
+        # The file of Noto Sans CJK holds one font per language; number 2 is simplified Chinese.
+        index = 2 if path.endswith("CJK-Regular.ttc") else 0
+        try:
+            return ImageFont.truetype(path, pixels, index=index)
+        except OSError:
+            continue
+    raise OSError(
+        "no font with Chinese characters is installed: run `pip install mplfonts`, "
+        "or install Noto Sans CJK on the system"
+    )
+
+
+def contact_sheet(
+    cells: list[list[np.ndarray]],
+    captions: list[str],
+    columns: int = 4,
+    side: int = 128,
+) -> Image.Image:
+    """Arrange images in a grid of cells with captions.
+
+    cells[i]: images uint8 [H, W, 3], shown side by side above captions[i].
+    columns: maximum number of cells in a row of the grid.
+    side: width and height of each image in pixels.
+    """
+    font = load_chinese_font(max(12, side // 8))
+    gap = side // 10
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)                    # rounded up
+    cell_width = side * max(len(images) for images in cells) + gap
+    cell_height = side + side // 4
+
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (images, caption) in enumerate(zip(cells, captions, strict=True)):
+        x = i % columns * cell_width + gap
+        y = i // columns * cell_height + gap
+        for k, image in enumerate(images):
+            resized = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(resized, (x + k * side, y))
+        middle = x + len(images) * side / 2
+        draw.text((middle, y + side + 2), caption, fill="black", font=font, anchor="ma")
+    return sheet
+
+
+def encode_png(pil_image: Image.Image) -> bytes:
+    """Encode a Pillow image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    pil_image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -20,9 +20,9 @@ from easy_diffusion.diffusion.schedule import NoiseSchedule
 from easy_diffusion.diffusion.timesteps import ImportanceTimesteps
 from easy_diffusion.evaluation.attribute_classifier import AttributeClassifier
 from easy_diffusion.latent_space import fingerprint
-from easy_diffusion.networks.autoencoder import Autoencoder
+from easy_diffusion.networks.autoencoder import Autoencoder, load_autoencoder
 from easy_diffusion.networks.text_encoder import CharacterEncoder
-from easy_diffusion.networks.weights_io import load_autoencoder, load_tree, load_weights
+from easy_diffusion.networks.weights_io import load_tree, load_weights
 from easy_diffusion.train_model import main
 from easy_diffusion.training.checkpoint import load_checkpoint
 from easy_diffusion.training.data_loader import make_loader
@@ -57,7 +57,7 @@ class TinyNetwork(torch.nn.Module):
         return self.conv(x_t)
 
 
-def test_a_training_resumes_from_an_old_checkpoint_and_its_losses_are_those_of_the_old_code(old):
+def test_a_training_resumes_from_an_old_checkpoint_with_the_old_losses(old):
     """The old code went on from step 6 to step 8 with the losses in losses.json.
 
     They were computed with bfloat16 autocast; a machine without it rounds less, hence the tolerance.

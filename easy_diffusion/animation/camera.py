@@ -1,22 +1,29 @@
-"""Moving the camera over a picture: what is seen after a move, which part of it was never painted, and the frames of a film.
+"""Camera moves over an image: the region that a move uncovers, and the frames of the film.
 
-Ten moves, in three kinds of loop:
+There are ten moves by d pixels, in three groups. Each gives a film that loops:
 
-    up, down, left, right, and     the camera goes d pixels that way and comes back: x'[i, j] = x[i + d·dy, j + d·dx]. New is what comes in
-    up-left … down-right           at the rim: a strip, or an L
-    circle                         the picture shrinks by d pixels on each side (of a square), so that a frame around it is new; over what
-                                   is painted there the camera goes round, and arrives where it began
-    centre                         a small copy of the picture, 2d pixels wide, lies in its own middle, and a ring of width d around it is
-                                   new, so that the two grow together. The camera falls into the copy, which is the picture: no end
+    up, down, left, right,      The camera pans by d pixels and comes back:
+    up-left, up-right,          x'[i, j] = x[i + d·dy, j + d·dx]. It uncovers a strip at the edge
+    down-left, down-right       of the image, or an L for the diagonals.
 
-The new part is the mask, True = to be repainted. It is painted once, on a canvas that holds all that the camera will see; the frames are
-cut from that, at places and scales that are no whole numbers, so that the film is smooth however few parts were painted. Pictures are
-uint8 [H, W, 3]; sizes are (W, H), as in Pillow. The file needs numpy and Pillow.
+    circle                      The image is scaled down, so that a border of width d around it is
+                                uncovered. The camera then moves in a circle over the larger view.
 
->>> picture, mask = uncover(np.zeros((64, 64, 3), np.uint8), "right", pixels=16)
->>> picture.shape, int(mask[0].sum()), bool(mask[:, -16:].all())
+    centre                      A copy of the image, 2d pixels wide, lies in the middle of the
+                                image, and a ring of width d around the copy is uncovered. The
+                                camera zooms into the copy, which is the image itself (the Droste
+                                effect).
+
+The uncovered region is the mask, True = inpaint. It is inpainted once, on a canvas that holds
+everything the camera will show. The frames are crops of this canvas at fractional positions and
+scales, so that the film is smooth and needs no further inpainting.
+
+Images are uint8 [H, W, 3]; sizes are (W, H), as in Pillow. The file needs numpy and Pillow.
+
+>>> view, mask = uncover(np.zeros((64, 64, 3), np.uint8), "right", pixels=16)
+>>> view.shape, int(mask[0].sum()), bool(mask[:, -16:].all())
 ((64, 64, 3), 16, True)
->>> windows("down-right", pixels=16, steps=1)
+>>> pan_windows("down-right", pixels=16, steps=1)
 [(16, 0), (0, 16), (16, 16)]
 """
 
@@ -26,155 +33,335 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-DIRECTIONS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0),                              # (dx, dy)
-              "up-left": (-1, -1), "up-right": (1, -1), "down-left": (-1, 1), "down-right": (1, 1)}
+DIRECTIONS = {                                          # move → (dx, dy)
+    "up": (0, -1),
+    "down": (0, 1),
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up-left": (-1, -1),
+    "up-right": (1, -1),
+    "down-left": (-1, 1),
+    "down-right": (1, 1),
+}
 MOVES = (*DIRECTIONS, "centre", "circle")
 
+Box = tuple[float, float, float, float]                 # (left, top, right, bottom)
 
-def uncover(picture: np.ndarray, move: str, pixels: int, inside: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Move the camera by d = `pixels`: (picture uint8 [H, W, 3], mask bool [H, W]), the unpainted part grey.
+# ---------------------------------------------------------------- what a move uncovers
 
-    For circle and centre d counts on the shorter side, and as much more on the longer one as keeps the picture's form. inside: the picture
-    that circle or centre scales (default: the same one), of the same size. Raises ValueError for an unknown move, a picture of another
-    form, or a distance that leaves nothing of the picture.
+
+def check_image(image: np.ndarray) -> tuple[int, int]:
+    """Return height and width of an image uint8 [H, W, 3]; raise ValueError for anything else."""
+    if getattr(image, "ndim", 0) != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        dtype = getattr(image, "dtype", type(image))
+        raise ValueError(f"image must be uint8 [H, W, 3], not {dtype} {list(np.shape(image))}")
+    return image.shape[:2]
+
+
+def uncover(
+    image: np.ndarray, move: str, pixels: int, inner_image: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move the camera by `pixels`; return the new view and the mask of what it uncovers.
+
+    image: uint8 [H, W, 3].
+    move: one of MOVES.
+    pixels: distance d. For circle and centre it is measured on the shorter side of the image; the
+        distance on the longer side keeps the aspect ratio.
+    inner_image: for circle and centre, the image that is scaled down, of the same size as `image`;
+        by default `image` itself.
+
+    Returns (view uint8 [H, W, 3], mask bool [H, W], True = inpaint); masked pixels are grey, 127.
+    Raises ValueError for an unknown move, an image of another shape or dtype, or a distance at
+    which nothing of the image stays visible.
     """
-    h, w = check_image(picture)
+    h, w = check_image(image)
     if move in DIRECTIONS:
         dx, dy = DIRECTIONS[move]
-        room = min(side for side, way in ((w, dx), (h, dy)) if way)
-    elif move in MOVES:
-        room = min(h, w) // 2 if move == "circle" else min(h, w) // 4 + 1
+        limit = min(side for side, step in ((w, dx), (h, dy)) if step)
+    elif move == "circle":
+        limit = min(h, w) // 2
+    elif move == "centre":
+        limit = min(h, w) // 4 + 1
     else:
-        raise ValueError(f"a move is one of {', '.join(MOVES)}, not {move!r}")
-    if room < 2:
-        raise ValueError(f"a picture of {w}×{h} pixels is too small for {move}")
-    if not 1 <= pixels < room:
-        raise ValueError(f"{move} over {w}×{h} pixels goes 1 to {room - 1} pixels, not {pixels}")
+        raise ValueError(f"move must be one of {', '.join(MOVES)}, not {move!r}")
+    if limit < 2:
+        raise ValueError(f"an image of {w}×{h} pixels is too small for {move}")
+    if not 1 <= pixels < limit:
+        raise ValueError(
+            f"{move} over {w}×{h} pixels can go 1 to {limit - 1} pixels, not {pixels}"
+        )
     if move in DIRECTIONS:
-        moved, mask = np.full_like(picture, 127), np.ones((h, w), dtype=bool)
-        to = visible_slices(dy * pixels, h), visible_slices(dx * pixels, w)
-        source = visible_slices(-dy * pixels, h), visible_slices(-dx * pixels, w)
-        moved[to], mask[to] = picture[source], False
-        return moved, mask
+        return _uncover_strip(image, move, pixels)
+    if inner_image is None:
+        inner_image = image
+    if check_image(inner_image) != (h, w):
+        inner_h, inner_w = inner_image.shape[:2]
+        raise ValueError(
+            f"inner_image must have the outer image's {w}×{h} pixels, not {inner_w}×{inner_h}"
+        )
+    return _uncover_border(image, move, pixels, inner_image)
+
+
+def _uncover_strip(image, move, pixels):
+    """The eight directions: x'[i, j] = x[i + d·dy, j + d·dx]; masked where x has no such pixel."""
+    h, w = image.shape[:2]
+    dx, dy = DIRECTIONS[move]
+    target = visible_slices(dy * pixels, h), visible_slices(dx * pixels, w)
+    source = visible_slices(-dy * pixels, h), visible_slices(-dx * pixels, w)
+    view = np.full_like(image, 127)
+    mask = np.ones((h, w), dtype=bool)
+    view[target] = image[source]
+    mask[target] = False
+    return view, mask
+
+
+def _uncover_border(image, move, pixels, inner_image):
+    """Circle and centre: a scaled image in the middle of a masked region.
+
+    The region is the whole image for circle, and twice as wide and high as the scaled image for
+    centre.
+    """
+    h, w = image.shape[:2]
     left, top, right, bottom = inner_box((w, h), move, pixels)
-    inside = picture if inside is None else inside
-    if check_image(inside) != (h, w):
-        raise ValueError(f"the picture inside is {w}×{h} pixels, as the one around it, not {inside.shape[1]}×{inside.shape[0]}")
-    small = Image.fromarray(inside).resize((right - left, bottom - top), Image.Resampling.LANCZOS)
     if move == "circle":
-        moved, mask = np.full_like(picture, 127), np.ones((h, w), dtype=bool)
+        region = slice(0, h), slice(0, w)
     else:
-        moved, mask = picture.copy(), np.zeros((h, w), dtype=bool)
-        ring = slice(2 * top - h // 2, 2 * bottom - h // 2), slice(2 * left - w // 2, 2 * right - w // 2)
-        moved[ring], mask[ring] = 127, True
-    moved[top:bottom, left:right], mask[top:bottom, left:right] = np.asarray(small), False
-    return moved, mask
+        region = (
+            slice(2 * top - h // 2, 2 * bottom - h // 2),
+            slice(2 * left - w // 2, 2 * right - w // 2),
+        )
+    pil_inner = Image.fromarray(inner_image)
+    pil_scaled = pil_inner.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+    view = image.copy()
+    mask = np.zeros((h, w), dtype=bool)
+    view[region] = 127
+    mask[region] = True
+    view[top:bottom, left:right] = np.asarray(pil_scaled)
+    mask[top:bottom, left:right] = False
+    return view, mask
 
 
 def visible_slices(step: int, side: int) -> slice:
-    """Of a side of so many pixels those that are still in view after a step, where they are seen then."""
+    """The pixels of a new view, along one side, that were already visible before the step.
+
+    step: signed distance of the camera in pixels. side: length of the side in pixels.
+    """
     return slice(max(-step, 0), side - max(step, 0))
 
 
-def check_image(picture: np.ndarray) -> tuple[int, int]:
-    """Height and width of a picture uint8 [H, W, 3]; ValueError for anything else."""
-    if getattr(picture, "ndim", 0) != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise ValueError(f"a picture is uint8 [H, W, 3], not {getattr(picture, 'dtype', type(picture))} {list(np.shape(picture))}")
-    return picture.shape[:2]
-
-
 def inner_box(size: tuple[int, int], move: str, pixels: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom): where the scaled picture lies after circle or centre."""
+    """Box (left, top, right, bottom) of the scaled image in the view of circle or centre."""
     w, h = size
     dx, dy = (pixels * side // min(size) for side in size)
-    return (dx, dy, w - dx, h - dy) if move == "circle" else (w // 2 - dx, h // 2 - dy, w // 2 + dx, h // 2 + dy)
+    if move == "circle":
+        return dx, dy, w - dx, h - dy
+    return w // 2 - dx, h // 2 - dy, w // 2 + dx, h // 2 + dy
 
 
 def pan_windows(move: str, pixels: int, steps: int) -> list[tuple[int, int]]:
-    """For one of the eight directions, where the views lie that are painted one after the other on a way of `steps` steps: (x, y) of their
-    corners from the first view's.
+    """List the windows to inpaint, in this order, for a pan.
 
-    A slanting way needs three a step: beside, below and both, else the camera would meet a notch between two steps.
+    move: one of DIRECTIONS.
+    pixels: distance of a step. steps: number of steps.
+
+    Each window is the (x, y) of its upper left corner, relative to that of the first view. A
+    diagonal step needs three windows: one beside, one above or below, and the diagonal one. With
+    the diagonal one alone, the camera would show pixels between two steps that no window covers.
     """
     dx, dy = DIRECTIONS[move]
-    places = []
+    windows = []
     for k in range(steps):
-        corners = [(k + 1, k), (k, k + 1), (k + 1, k + 1)] if dx and dy else [(k + 1, k + 1)]
-        places += [(i * dx * pixels, j * dy * pixels) for i, j in corners]
-    return places
+        if dx and dy:
+            corners = [(k + 1, k), (k, k + 1), (k + 1, k + 1)]
+        else:
+            corners = [(k + 1, k + 1)]
+        windows += [(i * dx * pixels, j * dy * pixels) for i, j in corners]
+    return windows
 
 
-def paste(frame: Image.Image, picture: Image.Image, left: float, top: float, right: float, bottom: float) -> None:
-    """Lay a picture over the frame so that it fills this rectangle, whose edges are no whole pixels; what falls outside is cut off."""
-    x0, y0 = max(0, math.ceil(left - 1e-6)), max(0, math.ceil(top - 1e-6))
-    x1, y1 = min(frame.width, math.floor(right + 1e-6)), min(frame.height, math.floor(bottom + 1e-6))
+# ---------------------------------------------------------------- frames
+
+
+def paste(
+    pil_frame: Image.Image,
+    layer: Image.Image,
+    left: float,
+    top: float,
+    right: float,
+    bottom: float,
+) -> None:
+    """Resize a layer to a box with fractional edges, and paste it into a frame.
+
+    pil_frame: is changed. Its pixels that the box covers only in part stay as they are.
+    layer: what lies outside the frame is cropped.
+    left, top, right, bottom: the box, in pixels of the frame.
+    """
+    # Whole pixels of the frame within the box.
+    x0 = max(0, math.ceil(left - 1e-6))
+    y0 = max(0, math.ceil(top - 1e-6))
+    x1 = min(pil_frame.width, math.floor(right + 1e-6))
+    y1 = min(pil_frame.height, math.floor(bottom + 1e-6))
     if x0 >= x1 or y0 >= y1:
         return
-    across, down = picture.width / (right - left), picture.height / (bottom - top)
-    box = ((x0 - left) * across, (y0 - top) * down, (x1 - left) * across, (y1 - top) * down)
-    box = tuple(min(max(edge, 0), side) for edge, side in zip(box, picture.size * 2))
-    frame.paste(picture.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box), (x0, y0))
+
+    # The part of the layer that they show.
+    scale_x = layer.width / (right - left)
+    scale_y = layer.height / (bottom - top)
+    source = (
+        (x0 - left) * scale_x,
+        (y0 - top) * scale_y,
+        (x1 - left) * scale_x,
+        (y1 - top) * scale_y,
+    )
+    source = tuple(min(max(edge, 0), side) for edge, side in zip(source, layer.size * 2))
+    resized = layer.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, source)
+    pil_frame.paste(resized, (x0, y0))
 
 
-def render_view(pictures: list[tuple[Image.Image, tuple]], seen: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
-    """The part `seen` = (left, top, right, bottom) of pictures that lie in boxes of one plane, each over those before it, as a frame uint8
-    [H, W, 3] of `size`. What is seen lies within the first box."""
-    frame = Image.new("RGB", size)
-    across, down = size[0] / (seen[2] - seen[0]), size[1] / (seen[3] - seen[1])
-    for picture, (left, top, right, bottom) in pictures:
-        paste(frame, picture, (left - seen[0]) * across, (top - seen[1]) * down, (right - seen[0]) * across, (bottom - seen[1]) * down)
-    return np.asarray(frame)
+def render_view(
+    layers: list[tuple[Image.Image, Box]], view: Box, size: tuple[int, int]
+) -> np.ndarray:
+    """Render what the camera shows as a frame uint8 [H, W, 3].
 
-
-def pan_frames(canvas: np.ndarray, start: tuple[int, int], move: str, distance: int, window: tuple[int, int], size: tuple[int, int],
-               frames: int) -> Iterator[np.ndarray]:
-    """A window that glides over the canvas from its corner `start`, `distance` pixels that way, and back; frames of `size`."""
-    image, (dx, dy) = Image.fromarray(canvas), DIRECTIONS[move]
-    for u in ease_back_and_forth(frames):
-        x, y = start[0] + u * distance * dx, start[1] + u * distance * dy
-        yield render_view([(image, (0, 0, *image.size))], (x, y, x + window[0], y + window[1]), size)
-
-
-def circle_frames(inner: np.ndarray, outer: np.ndarray, pixels: int, size: tuple[int, int], frames: int) -> Iterator[np.ndarray]:
-    """A window that goes round over `outer`, in whose middle the sharper picture `inner` lies; clockwise, from the top."""
-    w, h = outer.shape[1], outer.shape[0]
-    box = inner_box((w, h), "circle", pixels)
-    pictures = [(Image.fromarray(outer), (0, 0, w, h)), (Image.fromarray(inner), box)]
-    for k in range(frames):
-        angle = 2 * math.pi * k / frames
-        x, y = box[0] * math.sin(angle), -box[1] * math.cos(angle)
-        yield render_view(pictures, (box[0] + x, box[1] + y, box[2] + x, box[3] + y), size)
-
-
-def zoom_frames(pictures: list[np.ndarray], boxes: list[tuple], size: tuple[int, int], frames: int) -> Iterator[np.ndarray]:
-    """Falling through nested pictures for ever: picture i + 1 lies in boxes[i] of picture i, and the first one in the last box of the last.
-
-    Equal times shrink what is seen by equal factors, about the point that stays where it is. At depth z, between pictures i ≤ z and i + 1,
-    all that lies deeper is laid over picture i, down to the last pixel.
+    layers: images and their boxes in one plane; each covers those before it.
+    view: the box that the camera shows; it must lie within the first layer's box.
+    size: (W, H) of the frame in pixels.
     """
-    n, (w, h) = len(pictures), pictures[0].shape[1::-1]
-    images = [Image.fromarray(picture) for picture in pictures]
-    ratios = [(right - left) / w for left, _, right, _ in boxes]
-    depths = np.cumsum([0.0] + [-math.log(ratio) for ratio in ratios])
-    for k in range(frames):
-        depth = depths[-1] * k / frames
-        i = min(int(np.searchsorted(depths, depth, side="right")) - 1, n - 1)
-        part = (depth - depths[i]) / (depths[i + 1] - depths[i])
-        seen, (left, top, right, bottom) = [], boxes[i]
-        for side, low, high in ((w, left, right), (h, top, bottom)):
-            length = side * ((high - low) / side) ** part
-            fixed = low / (side - (high - low)) * side                      # what stays where it is: low / side is to its left, scaled
-            seen.append((fixed * (1 - length / side), fixed * (1 - length / side) + length))
-        nested, box, j = [(images[i], (0, 0, w, h))], (0, 0, w, h), i
-        while (box[2] - box[0]) * size[0] >= 2 * (seen[0][1] - seen[0][0]):  # two pixels of the frame
-            x, y = (box[2] - box[0]) / w, (box[3] - box[1]) / h
-            left, top, right, bottom = boxes[j % n]
-            box, j = (box[0] + left * x, box[1] + top * y, box[0] + right * x, box[1] + bottom * y), j + 1
-            nested.append((images[j % n], box))
-        yield render_view(nested, (seen[0][0], seen[1][0], seen[0][1], seen[1][1]), size)
+    pil_frame = Image.new("RGB", size)
+    view_left, view_top, view_right, view_bottom = view
+    scale_x = size[0] / (view_right - view_left)
+    scale_y = size[1] / (view_bottom - view_top)
+    for layer, (left, top, right, bottom) in layers:
+        paste(
+            pil_frame,
+            layer,
+            (left - view_left) * scale_x,
+            (top - view_top) * scale_y,
+            (right - view_left) * scale_x,
+            (bottom - view_top) * scale_y,
+        )
+    return np.asarray(pil_frame)
 
 
 def ease_back_and_forth(frames: int) -> np.ndarray:
-    """`frames` places from 0 to 1 and back, slow at both ends, the last one just before the first: a loop. With an odd number of frames it
-    turns between two of them, just before 1."""
+    """Positions (1 - cos(2πk / frames)) / 2 for k = 0 … frames - 1: from 0 to 1 and back.
+
+    The motion is slow at both ends, and the first frame follows the last: a loop. If `frames` is
+    odd, no frame is exactly at 1.
+    """
     return (1 - np.cos(2 * np.pi * np.arange(frames) / frames)) / 2
+
+
+def pan_frames(
+    canvas: np.ndarray,
+    start: tuple[int, int],
+    move: str,
+    distance: int,
+    window: tuple[int, int],
+    size: tuple[int, int],
+    frames: int,
+) -> Iterator[np.ndarray]:
+    """Yield the frames of a pan over the canvas and back.
+
+    canvas: uint8 [H, W, 3].
+    start: (x, y) of the first view's upper left corner on the canvas.
+    move: one of DIRECTIONS. distance: its length in pixels of the canvas.
+    window: (W, H) of the view on the canvas. size: (W, H) of the frames.
+    frames: number of frames.
+    """
+    pil_canvas = Image.fromarray(canvas)
+    dx, dy = DIRECTIONS[move]
+    layers = [(pil_canvas, (0, 0, *pil_canvas.size))]
+    for u in ease_back_and_forth(frames):
+        x = start[0] + u * distance * dx
+        y = start[1] + u * distance * dy
+        yield render_view(layers, (x, y, x + window[0], y + window[1]), size)
+
+
+def circle_frames(
+    inner: np.ndarray, outer: np.ndarray, pixels: int, size: tuple[int, int], frames: int
+) -> Iterator[np.ndarray]:
+    """Yield the frames of a camera that moves on a circle, clockwise from the top.
+
+    inner: the image before `uncover`, uint8 [H, W, 3].
+    outer: the inpainted view after `uncover(inner, "circle", pixels)`, of the same size. The frames
+        show `inner` in its middle, at full resolution.
+    pixels: radius of the circle in pixels of `outer`, on its shorter side.
+    size: (W, H) of the frames. frames: number of frames.
+    """
+    h, w = outer.shape[:2]
+    box = inner_box((w, h), "circle", pixels)
+    left, top, right, bottom = box
+    layers = [(Image.fromarray(outer), (0, 0, w, h)), (Image.fromarray(inner), box)]
+    for k in range(frames):
+        angle = 2 * math.pi * k / frames
+        x = left * math.sin(angle)
+        y = -top * math.cos(angle)
+        yield render_view(layers, (left + x, top + y, right + x, bottom + y), size)
+
+
+def zoom_frames(
+    images: list[np.ndarray], boxes: list[Box], size: tuple[int, int], frames: int
+) -> Iterator[np.ndarray]:
+    """Yield the frames of an infinite zoom through nested images.
+
+    images: uint8 [H, W, 3], all of one size.
+    boxes: boxes[i] is where image i + 1 lies in image i. Image 0 follows the last one.
+    size: (W, H) of the frames. frames: number of frames.
+
+    The zoom has constant speed: the view shrinks by the same factor from frame to frame, about the
+    point that does not move. Each frame shows the images nested in one another, until one is
+    narrower than two pixels.
+    """
+    h, w = images[0].shape[:2]
+    pil_images = [Image.fromarray(image) for image in images]
+
+    # The view has depth depths[i] = -log(its scale) where it shows exactly image i.
+    ratios = [(right - left) / w for left, _, right, _ in boxes]
+    depths = np.cumsum([0.0] + [-math.log(ratio) for ratio in ratios])      # [len(images) + 1]
+
+    for k in range(frames):
+        # At this depth the view lies between image i and image i + 1, a fraction u of the way.
+        depth = depths[-1] * k / frames
+        i = min(int(np.searchsorted(depths, depth, side="right")) - 1, len(images) - 1)
+        u = (depth - depths[i]) / (depths[i + 1] - depths[i])
+        left, top, right, bottom = boxes[i]
+        view_left, view_right = _zoom_interval(w, left, right, u)
+        view_top, view_bottom = _zoom_interval(h, top, bottom, u)
+
+        # Image i, and on top of it the images nested in it, in the coordinates of image i.
+        box = (0, 0, w, h)
+        layers = [(pil_images[i], box)]
+        view_width = view_right - view_left
+        j = i
+        while (box[2] - box[0]) * size[0] >= 2 * view_width:            # two pixels of the frame
+            box = _nest(boxes[j % len(images)], box, (w, h))
+            j += 1
+            layers.append((pil_images[j % len(images)], box))
+        yield render_view(layers, (view_left, view_top, view_right, view_bottom), size)
+
+
+def _zoom_interval(side, low, high, u):
+    """The interval that is visible a fraction u of the way from [0, side] to [low, high].
+
+    Its length is side · ((high - low) / side)^u. The point p that does not move divides both
+    intervals in the same ratio: p / side = (p - low) / (high - low).
+    """
+    length = side * ((high - low) / side) ** u
+    fixed_point = low / (side - (high - low)) * side
+    start = fixed_point * (1 - length / side)
+    return start, start + length
+
+
+def _nest(box, outer, size):
+    """Convert a box in an image of this size to the plane where the image fills the box `outer`."""
+    left, top, right, bottom = box
+    outer_left, outer_top, outer_right, outer_bottom = outer
+    scale_x = (outer_right - outer_left) / size[0]
+    scale_y = (outer_bottom - outer_top) / size[1]
+    return (
+        outer_left + left * scale_x,
+        outer_top + top * scale_y,
+        outer_left + right * scale_x,
+        outer_top + bottom * scale_y,
+    )

@@ -1,78 +1,189 @@
-"""TODO."""
+"""Classifier-free guidance and clipping: functions that turn a denoiser into another denoiser.
+
+A denoiser is a function (x_t, t) -> Prediction(x0, eps, log_variance). The functions of this file
+take denoisers and return a denoiser, so they compose, and every sampler accepts the result:
+
+    denoise = clipped(guided(denoise_cond, denoise_uncond, scale=4.0), schedule)
+
+Guidance extrapolates from the prediction without a caption to the one with a caption:
+
+    eps = eps_uncond + scale (eps_cond - eps_uncond)
+
+(Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022, eq. 6, with scale = 1 + w.)
+At a fixed x_t, x0 is an affine function of eps, so the same formula holds for x0.
+
+A large scale raises the contrast of x0 and oversaturates colours. Rescaling restores the standard
+deviation of the conditional prediction, by a fraction phi:
+
+    x0 ← phi x0 std(x0_cond) / std(x0) + (1 - phi) x0
+
+(Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023, eq. 15 and 16.)
+After x0 has been rescaled or clipped, eps follows from it: eps = (x_t - alpha_t x0) / sigma_t.
+
+The file needs torch and, beside it, prediction.py.
+
+>>> def denoise_cond(x_t, t):
+...     return Prediction(x0=torch.full_like(x_t, 0.5), eps=x_t)
+>>> def denoise_uncond(x_t, t):
+...     return Prediction(x0=torch.zeros_like(x_t), eps=x_t)
+>>> denoise = guided(denoise_cond, denoise_uncond, scale=3.0)
+>>> x_t, t = torch.zeros(1, 3, 8, 8), torch.tensor([500])
+>>> float(denoise(x_t, t).x0[0, 0, 0, 0])                   # 0 + 3 (0.5 - 0)
+1.5
+"""
 
 import torch
 
 from .prediction import Denoiser, Prediction, check_batch, eps_from_x0
 
 
-def guided(denoise, denoise_uncond, scale: float, interval: tuple[float, float] | None = None, rescale: float = 0.0, schedule=None):
-    """Classifier-free guidance: ε = ε_nothing + scale (ε_text - ε_nothing); scale = 1 is no guidance.
+def guided(
+    denoise,
+    denoise_uncond,
+    scale: float,
+    interval: tuple[float, float] | None = None,
+    rescale: float = 0.0,
+    schedule=None,
+):
+    """Classifier-free guidance of a conditional denoiser; returns a denoiser.
 
-    (Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022, eq. 6, with scale = 1 + w.) x0 and ε are linear in each
-    other at the same x_t, so both are mixed alike. The variance is the text's.
-    interval: guide only at timesteps from interval[0] to interval[1]; elsewhere the text alone is asked, which is half of the
-    work (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024). rescale: how far, from 0 to 1, x0's contrast is
-    brought back to what it is without guidance, against garish colours (Lin et al. 2023, eq. 15 and 16); needs the schedule.
+    denoise: the conditional denoiser, (x_t, t) -> Prediction.
+    denoise_uncond: the unconditional denoiser, for example with the context of the caption "".
+    scale: 1 is no guidance; larger values follow the caption more closely.
+    interval: (lowest, highest) timestep at which to guide. At other timesteps only the
+        conditional denoiser is evaluated, which halves the cost
+        (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024).
+    rescale: phi in [0, 1]; 0 is no rescaling, 1 restores the standard deviation of x0 fully.
+    schedule: a NoiseSchedule or a RectifiedFlow; needed for rescale only.
+
+    The log_variance of the result is that of the conditional prediction.
+    Raises ValueError for a rescale without a schedule.
     """
     if rescale and schedule is None:
-        raise ValueError(f"rescale={rescale} needs the schedule, to bring the noise in line with the picture")
+        raise ValueError(f"rescale={rescale} needs the schedule, to compute eps from x0")
 
-    ask_both = batched_guidance(denoise, denoise_uncond)
+    # (x_t, t) -> (conditional, unconditional) Prediction, from one network call where possible
+    denoise_both = batched_guidance(denoise, denoise_uncond)
 
     def denoise_guided(x_t, t):
-        if scale == 1 or (interval is not None and (t.min() < interval[0] or t.max() > interval[1])):
+        outside = interval is not None and (t.min() < interval[0] or t.max() > interval[1])
+        if scale == 1 or outside:
             return denoise(x_t, t)
-        text, nothing = ask_both(x_t, t)
-        x0, noise = (torch.lerp(a, b, scale) for a, b in ((nothing.x0, text.x0), (nothing.eps, text.eps)))
+        cond, uncond = denoise_both(x_t, t)
+        eps = uncond.eps + scale * (cond.eps - uncond.eps)
+        x0 = uncond.x0 + scale * (cond.x0 - uncond.x0)
         if rescale:
-            dims = tuple(range(1, x0.ndim))
-            contrast = text.x0.std(dim=dims, keepdim=True) / x0.std(dim=dims, keepdim=True)
-            x0 = rescale * contrast * x0 + (1 - rescale) * x0
-            noise = eps_from_x0(x0, x_t, t, schedule)
-        return Prediction(x0, noise, text.log_variance)
+            x0 = _rescale_std(x0, cond.x0, rescale)
+            eps = eps_from_x0(x0, x_t, t, schedule)
+        return Prediction(x0, eps, cond.log_variance)
 
     return denoise_guided
 
 
+def _rescale_std(x0: torch.Tensor, x0_cond: torch.Tensor, phi: float) -> torch.Tensor:
+    """Scale each image of x0 [B, C, H, W] towards the standard deviation of x0_cond."""
+    dims = tuple(range(1, x0.ndim))
+    ratio = x0_cond.std(dim=dims, keepdim=True) / x0.std(dim=dims, keepdim=True)    # [B, 1, 1, 1]
+    return phi * ratio * x0 + (1 - phi) * x0
+
+
 def clipped(denoise, schedule):
-    """The picture kept within [-1, 1], the noise made to agree with it: ε = (x_t - signal x0) / noise_t."""
+    """A denoiser whose x0 is clipped to [-1, 1], with eps computed from the clipped x0.
+
+    schedule: a NoiseSchedule or a RectifiedFlow.
+
+    Use it for images, whose values lie in [-1, 1], and not for latents.
+    """
     def denoise_clipped(x_t, t):
         prediction = denoise(x_t, t)
         x0 = prediction.x0.clamp(-1, 1)
-        return Prediction(x0, eps_from_x0(x0, x_t, t, schedule), prediction.log_variance)
+        eps = eps_from_x0(x0, x_t, t, schedule)
+        return Prediction(x0, eps, prediction.log_variance)
 
     return denoise_clipped
 
 
-def batched_guidance(one, other):
-    """(x_t, t) -> the Predictions of two denoisers. One that differs from the other by its words alone is asked in the same call, which
-    computes once what comes before the first look at the words."""
-    same = isinstance(one, Denoiser) and isinstance(other, Denoiser) and one.caches_context and other.caches_context and (
-        (one.network, one.to_prediction, one.time_scale) == (other.network, other.to_prediction, other.time_scale))
-    if not same:
-        return lambda x_t, t: (one(x_t, t), other(x_t, t))
-    words = {}
+def batched_guidance(denoise_cond, denoise_uncond):
+    """A function (x_t, t) -> (conditional Prediction, unconditional Prediction).
 
-    def ask_both(x_t, t):
-        b = len(x_t)
-        if b not in words:
-            words[b] = one.network.cache_context(*concat_contexts(one.context, one.mask, other.context, other.mask, b))
-        output = one.network(x_t, one.time_scale * t, *words[b])                 # [2 B, C, H, W]
-        both = one.to_prediction(output, torch.cat([x_t, x_t]), torch.cat([t, t]))
-        return [Prediction(*(y if y is None else y[half] for y in both)) for half in (slice(b), slice(b, None))]
+    Both come from one network call if the two denoisers are `Denoiser` objects that differ only in
+    their context, and their network has the method `cache_context`. The network then receives B
+    images with 2 B contexts. `UNet` computes the layers before the first cross-attention for B
+    images, and the later layers for 2 B.
 
-    return ask_both
+    Otherwise each denoiser is called.
+    """
+    if not _share_a_network(denoise_cond, denoise_uncond):
+        return lambda x_t, t: (denoise_cond(x_t, t), denoise_uncond(x_t, t))
+
+    network = denoise_cond.network
+    cached_contexts = {}                            # batch size: (key/value cache, mask)
+
+    def denoise_both(x_t, t):
+        batch = len(x_t)
+        if batch not in cached_contexts:
+            context, mask = concat_contexts(
+                denoise_cond.context, denoise_cond.mask,
+                denoise_uncond.context, denoise_uncond.mask, batch,
+            )
+            cached_contexts[batch] = network.cache_context(context, mask)
+        cache, mask = cached_contexts[batch]
+
+        # B images and 2 B contexts in; 2 B outputs out, first the conditional ones.
+        output = network(x_t, denoise_cond.time_scale * t, cache, mask)     # [2 B, C, H, W]
+        both = denoise_cond.to_prediction(output, torch.cat([x_t, x_t]), torch.cat([t, t]))
+        return _select(both, slice(0, batch)), _select(both, slice(batch, None))
+
+    return denoise_both
+
+
+def _share_a_network(denoise1, denoise2) -> bool:
+    """Whether two denoisers differ in their context alone, and their network caches contexts."""
+    if not isinstance(denoise1, Denoiser) or not isinstance(denoise2, Denoiser):
+        return False
+    return (
+        denoise1.caches_context
+        and denoise2.caches_context
+        and denoise1.network == denoise2.network
+        and denoise1.to_prediction == denoise2.to_prediction
+        and denoise1.time_scale == denoise2.time_scale
+    )
+
+
+def _select(prediction: Prediction, images: slice) -> Prediction:
+    """The prediction for some images of the batch."""
+    log_variance = prediction.log_variance
+    if log_variance is not None:
+        log_variance = log_variance[images]
+    return Prediction(prediction.x0[images], prediction.eps[images], log_variance)
 
 
 def concat_contexts(context1, mask1, context2, mask2, batch: int):
-    """Two contexts, each [batch or 1, L_i, D], as one [2 batch, max L_i, D], and the mask that belongs to it."""
-    longest, rows = max(context1.shape[1], context2.shape[1]), []
-    for context, mask in ((context1, mask1), (context2, mask2)):
-        check_batch(context, batch)
-        if mask is None:
-            mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-        missing = longest - context.shape[1]
-        rows.append((torch.nn.functional.pad(context, (0, 0, 0, missing)).expand(batch, -1, -1),
-                     torch.nn.functional.pad(mask, (0, missing)).expand(batch, -1)))
-    context, mask = (torch.cat(parts) for parts in zip(*rows))
-    return context, None if mask.all() else mask
+    """Concatenate two contexts along the batch; the shorter one is padded and the padding masked.
+
+    context1, context2: [batch or 1, L_i, D].
+    mask1, mask2: bool [batch or 1, L_i], True = a real token; None = all tokens are real.
+
+    Returns context [2 batch, L, D] and mask [2 batch, L], L = max(L_1, L_2);
+    the mask is None if all tokens are real.
+    Raises ValueError unless a context has one caption or one for each image.
+    """
+    length = max(context1.shape[1], context2.shape[1])
+    context1, mask1 = _pad_context(context1, mask1, length, batch)
+    context2, mask2 = _pad_context(context2, mask2, length, batch)
+    context = torch.cat([context1, context2])                       # [2 batch, L, D]
+    mask = torch.cat([mask1, mask2])                                # [2 batch, L]
+    if mask.all():
+        mask = None
+    return context, mask
+
+
+def _pad_context(context, mask, length: int, batch: int):
+    """Pad context and mask to a length, and expand them to the batch size."""
+    check_batch(context, batch)
+    if mask is None:
+        mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+    padding = length - context.shape[1]
+    context = torch.nn.functional.pad(context, (0, 0, 0, padding))  # [batch or 1, length, D]
+    mask = torch.nn.functional.pad(mask, (0, padding))              # [batch or 1, length]
+    return context.expand(batch, -1, -1), mask.expand(batch, -1)

@@ -1,4 +1,32 @@
-"""TODO."""
+"""What a denoiser returns, and how a network becomes a denoiser.
+
+A denoiser is any function
+
+    (x_t [B, C, H, W], t [B]) -> Prediction(x0, eps, log_variance)
+
+It predicts both unknowns of x_t = alpha_t x0 + sigma_t eps. Each follows from the other:
+
+    eps = (x_t - alpha_t x0) / sigma_t
+    x0  = (x_t - sigma_t eps) / alpha_t
+
+(Ho et al., "Denoising Diffusion Probabilistic Models", 2020, eq. 4, solved for eps and for x0.)
+
+Samplers and guidance work with denoisers only. They do not need to know what the network was
+trained to predict: a function `to_prediction` converts its output. `GaussianDiffusion` and
+`RectifiedFlow` have such a function, and their method `denoiser` builds the `Denoiser`.
+
+The file needs torch only.
+
+>>> alpha_t, sigma_t = 0.6, 0.8
+>>> def network(x_t, t, context, mask):
+...     return torch.zeros_like(x_t)
+>>> def to_prediction(output, x_t, t):                      # the network predicts eps
+...     return Prediction(x0=(x_t - sigma_t * output) / alpha_t, eps=output)
+>>> denoise = Denoiser(network, to_prediction)
+>>> prediction = denoise(torch.ones(2, 3, 8, 8), torch.tensor([500, 500]))
+>>> prediction.x0.shape, round(float(prediction.x0[0, 0, 0, 0]), 3)
+(torch.Size([2, 3, 8, 8]), 1.667)
+"""
 
 from typing import NamedTuple
 
@@ -6,9 +34,14 @@ import torch
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says about x_t [B, C, H, W]: the picture and the noise in it, both [B, C, H, W], and the
-    logarithm of the variance of the step to t - 1, [B, 1, 1, 1] or, where it is learned, [B, C, H, W] (None: the lower bound,
-    DDPM's fixed_small)."""
+    """The output of a denoiser for x_t [B, C, H, W].
+
+    x0: the predicted clean image, [B, C, H, W].
+    eps: the predicted noise, [B, C, H, W].
+    log_variance: the logarithm of the variance of the reverse step from t to t - 1;
+        [B, 1, 1, 1], or [B, C, H, W] if the network predicts it.
+        None stands for DDPM's smaller variance, the posterior variance ("fixed_small").
+    """
 
     x0: torch.Tensor
     eps: torch.Tensor
@@ -16,41 +49,87 @@ class Prediction(NamedTuple):
 
 
 class Denoiser:
-    """(x_t [B, C, H, W], t [B]) -> Prediction: a network, what its output means, and words that stay the same over all steps.
+    """A denoiser made of a network, a conversion of its output, and a fixed context.
 
-    prediction: (output, x_t, t) -> Prediction. context [B, L, D] and mask bool [B, L]; those of one caption serve any B. The network is
-    told time_scale · t. A network with a method `cache_context(context, mask)`, as UNet has, prepares the words once for all steps.
+    network: (x_t, t, context, mask) -> output tensor.
+    to_prediction: (output, x_t, t) -> Prediction.
+    context: token embeddings [B, L, D], or [1, L, D] to use one caption for every image.
+    mask: bool, [B, L] or [1, L]; True = a real token.
+    time_scale: the network receives time_scale · t. It is 1 if t is a timestep, and 1000 if t is
+        a time in [0, 1], as in `RectifiedFlow`.
+
+    The context stays the same in all steps of sampling, so its keys and values need to be computed
+    only once. If the network has a method `cache_context`, as `UNet` has, `Denoiser` calls it once:
+
+        cache, mask = network.cache_context(context, mask)
+
+    In every step the network then receives this cache and this mask.
     """
 
-    def __init__(self, network, prediction, context=None, mask=None, time_scale: int = 1):
-        self.network, self.to_prediction, self.context, self.mask, self.time_scale = network, prediction, context, mask, time_scale
+    def __init__(self, network, to_prediction, context=None, mask=None, time_scale: int = 1):
+        self.network = network
+        self.to_prediction = to_prediction
+        self.context = context
+        self.mask = mask
+        self.time_scale = time_scale
         self.caches_context = context is not None and hasattr(network, "cache_context")
-        self.words = network.cache_context(context, mask) if self.caches_context else (context, mask)
+        if self.caches_context:
+            self._context_or_cache, self._network_mask = network.cache_context(context, mask)
+        else:
+            self._context_or_cache = context
+            self._network_mask = mask
 
-    def __call__(self, x_t, t):
-        check_batch(self.context, len(x_t))
-        words = [w.expand(len(x_t), *w.shape[1:]) if isinstance(w, torch.Tensor) and len(w) == 1 else w for w in self.words]
-        return self.to_prediction(self.network(x_t, self.time_scale * t, *words), x_t, t)
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
+        """Evaluate the network on x_t [B, C, H, W] at times t [B]."""
+        batch = len(x_t)
+        check_batch(self.context, batch)
+        context = _expand_to_batch(self._context_or_cache, batch)
+        mask = _expand_to_batch(self._network_mask, batch)
+        output = self.network(x_t, self.time_scale * t, context, mask)
+        return self.to_prediction(output, x_t, t)
 
 
-def check_batch(context, pictures: int) -> None:
-    """Raises ValueError unless there is one caption, or one for each picture."""
-    if context is not None and len(context) not in (1, pictures):
-        raise ValueError(f"{len(context)} captions for {pictures} pictures: there may be one for all, or one for each")
+def _expand_to_batch(value, batch: int):
+    """Expand a tensor [1, ...] to [batch, ...].
+
+    Any other value is returned unchanged: a tensor [batch, ...], a key/value cache, or None.
+    """
+    if isinstance(value, torch.Tensor) and len(value) == 1:
+        return value.expand(batch, *value.shape[1:])
+    return value
+
+
+def check_batch(context, batch: int) -> None:
+    """Raise ValueError unless the context has one caption, or one for each image of the batch."""
+    if context is not None and len(context) not in (1, batch):
+        raise ValueError(
+            f"{len(context)} captions for {batch} images: "
+            "give one caption for all images or one for each image"
+        )
 
 
 def eps_from_x0(x0, x_t, t, schedule) -> torch.Tensor:
-    """The noise that is in x_t if the picture is x0: ε = (x_t - signal x0) / noise_t."""
-    signal, amount = schedule.alpha_sigma(t, x_t)
-    return (x_t - signal * x0) / amount
+    """The eps that belongs to x0: eps = (x_t - alpha_t x0) / sigma_t.
+
+    x0, x_t: [B, C, H, W].
+    t: [B].
+    schedule: an object with the method `alpha_sigma(t, x)`: a NoiseSchedule or a RectifiedFlow.
+    """
+    alpha_t, sigma_t = schedule.alpha_sigma(t, x_t)
+    return (x_t - alpha_t * x0) / sigma_t
 
 
 def normal_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> torch.Tensor:
-    """Standard normal noise, drawn where the generator lives and then moved: one seed, one picture, on any device."""
+    """Standard normal noise of a shape, on a device.
+
+    It is generated on the generator's device and then moved. With a generator on the CPU a seed
+    gives the same noise on every device.
+    """
     source = generator.device if generator is not None else device
     return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
 
 
-def broadcast_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[B] → [B, 1, 1, ...], ready to meet `like` [B, ...]."""
-    return values.view(-1, *(1,) * (like.ndim - 1))
+def broadcast_like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Reshape values [B] to [B, 1, 1, ...], with as many dimensions as x [B, ...]."""
+    ones = (1,) * (x.ndim - 1)
+    return values.view(-1, *ones)

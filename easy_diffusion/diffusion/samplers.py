@@ -1,35 +1,68 @@
-"""From noise to picture: DDPM, DDIM, DPM-Solver++, Heun, and guidance.
+"""Samplers: DDPM, DDIM, DPM-Solver++ and Heun turn noise into images.
 
-A sampler takes a denoiser, a function (x_t, t) -> Prediction(x0, noise, log_variance), walks down a list of
-timesteps and yields every step; the caller draws, logs or stops. One jump from t to an earlier s (s = -1 is the
-clean picture) is, with a = alpha_bar,
+A sampler takes a denoiser, a function (x_t, t) -> Prediction(x0, eps, log_variance). It starts
+from noise and visits a decreasing list of timesteps. One step goes from a timestep t to the next
+one in the list, s < t. The last step goes to s = -1, the clean image, where alpha_bar = 1. After
+every step the sampler yields a `Step`, which the caller can log or show.
 
-    DDPM:  x_s ~ N(c0 x0 + c_t x_t, σ²),   beta = 1 - a_t / a_s,
-           c0 = sqrt(a_s) beta / (1 - a_t),   c_t = sqrt(a_t / a_s) (1 - a_s) / (1 - a_t)
-    DDIM:  x_s = sqrt(a_s) x0 + sqrt(1 - a_s - σ²) ε + σ z,   σ = η sqrt((1 - a_s) / (1 - a_t) · beta)
+DDPM draws x_s from a Gaussian (Ho et al., "Denoising Diffusion Probabilistic Models", 2020, eq. 7):
 
-(Ho et al. 2020, eq. 7; Song et al., "Denoising Diffusion Implicit Models", 2021, eq. 12 and 16.) η = 0 is
-deterministic, η = 1 is DDPM. Without the random z a sampler solves an ordinary differential equation, which in terms of
-x̄ = x / signal and σ̄ = noise / signal is simply dx̄/dσ̄ = ε(x̄, σ̄). DDIM is Euler's method for it; two others look at its bend:
+    x_s = c_0 x0 + c_t x_t + std z,    z ~ N(0, I)
+    c_0 = sqrt(alpha_bar_s) beta / (1 - alpha_bar_t)
+    c_t = sqrt(alpha_bar_t / alpha_bar_s) (1 - alpha_bar_s) / (1 - alpha_bar_t)
+    beta = 1 - alpha_bar_t / alpha_bar_s
+    std² = exp(log_variance) if the Prediction has a log_variance; if it is None,
+           the posterior variance beta (1 - alpha_bar_s) / (1 - alpha_bar_t)
 
-    Heun:           x̄_s = x̄_t + (σ̄_s - σ̄_t) (ε_t + ε_s) / 2,   ε_s at the end of Euler's step
-    DPM-Solver++:   x_s = (noise_s / noise_t) x_t + signal_s (1 - e^-h) x0',   h = λ_s - λ_t,   λ = log(signal / noise),
-                    x0' = x0_t + (x0_t - x0_r) h / (2 h_r): x0 in the middle of the step, from the step before, r → t
+DDIM is deterministic for eta = 0. For eta = 1 it equals DDPM with the posterior variance
+(Song et al., "Denoising Diffusion Implicit Models", 2021, eq. 12 and 16):
 
-(Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022, algorithm 1; Lu et al.,
-"DPM-Solver++", 2022, algorithm 2.) Guidance and clipping are functions from denoiser to denoiser, so they compose.
-The file needs nothing but torch and numpy; its example also schedule.py.
+    x_s = sqrt(alpha_bar_s) x0 + sqrt(1 - alpha_bar_s - std²) eps + std z
+    std² = eta² beta (1 - alpha_bar_s) / (1 - alpha_bar_t)
 
+Without z, sampling solves an ordinary differential equation: dx̄/dσ̄ = eps(x̄, σ̄), with
+x̄ = x / alpha_t and σ̄ = sigma_t / alpha_t. DDIM is Euler's method for it, a method of first order.
+Two samplers are methods of second order:
+
+    Heun            x̄_s = x̄_t + (σ̄_s - σ̄_t) (eps_t + eps_s) / 2
+                    eps_s: the prediction at the end of a DDIM step
+
+    DPM-Solver++    x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) x0'
+                    λ = log(alpha / sigma),  h = λ_s - λ_t
+                    x0' = x0 + h / (2 h_prev) (x0 - x0_prev)
+                    x0_prev and h_prev are those of the previous step; x0' extrapolates x0
+                    to the middle of the current step
+
+(Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022,
+algorithm 1; Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic
+Models", 2022, algorithm 2.)
+
+The file needs torch and numpy and, beside it, prediction.py; its examples also schedule.py.
+
+>>> from .prediction import Prediction
 >>> from .schedule import NoiseSchedule
 >>> schedule = NoiseSchedule.cosine(1000)
->>> grey = lambda x_t, t: Prediction(torch.zeros_like(x_t), x_t)          # a world where all pictures are grey
->>> *_, last = ddim(grey, schedule, shape=(2, 3, 8, 8), steps=5)
->>> last.index, last.t, tuple(last.x0.shape)
-(4, 199, (2, 3, 8, 8))
+>>> def denoise(x_t, t):                                    # every clean image is grey
+...     return Prediction(x0=torch.zeros_like(x_t), eps=x_t)
+>>> *_, last = ddim(denoise, schedule, shape=(2, 3, 8, 8), steps=5)
+>>> last.index, last.t, last.x.shape
+(4, 199, torch.Size([2, 3, 8, 8]))
+
+A new sampler is a step function that `sampling_loop` calls, here deterministic DDIM:
+
+>>> def step(schedule, prediction, x_t, t, s, z):
+...     alpha_bar_s = schedule.alpha_bar_at(s)
+...     return alpha_bar_s ** 0.5 * prediction.x0 + (1 - alpha_bar_s) ** 0.5 * prediction.eps
+>>> timesteps = spaced_timesteps(len(schedule), 5)
+>>> *_, last = sampling_loop(step, denoise, schedule, timesteps, shape=(2, 3, 8, 8))
+>>> last.index, last.t, last.x.shape
+(4, 199, torch.Size([2, 3, 8, 8]))
 """
 
+import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +72,13 @@ from .prediction import normal_noise
 
 
 class Step(NamedTuple):
-    """One step of a sampler: its number from 0, the timestep t it left, the new x and the picture x0 expected at t."""
+    """One step of a sampler, from timestep t to the next one.
+
+    index: number of the step, from 0.
+    t: the timestep at which the step started.
+    x: the sample after the step, [B, C, H, W]; the last Step's x is the result.
+    x0: the clean image that the denoiser predicted at t, [B, C, H, W].
+    """
 
     index: int
     t: int
@@ -47,183 +86,342 @@ class Step(NamedTuple):
     x0: torch.Tensor
 
 
-def spaced_timesteps(total: int, steps: int, spacing="trailing") -> list[int]:
-    """`steps` of the `total` timesteps, from the noisiest down.
+# ---------------------------------------------------------------- timesteps
 
-    "uniform" counts up from 0 in strides of total // steps (Song et al. 2021, appendix D.2; diffusers' "leading"), so that it starts
-    at (steps - 1) (total // steps): near the end for steps that divide total, and not for a few;
-    "quadratic" grows with the square, from 0 to total - 1 (the same appendix; its authors' code ends at 0.8 total);
-    "trailing" counts down from total - 1, so that sampling starts where there is only noise (Lin et al., "Common
-    diffusion noise schedules and sample steps are flawed", 2023, table 2). A list of timesteps is taken as it is, and
-    `steps` is ignored. Raises ValueError for other steps or spacing, and for a list that does not fall.
+
+def spaced_timesteps(num_timesteps: int, steps: int, spacing="trailing") -> list[int]:
+    """Choose `steps` of the timesteps 0 … num_timesteps - 1, in decreasing order.
+
+    spacing:
+        "trailing"   evenly spaced, counted down from num_timesteps - 1, so that sampling starts
+                     at the noisiest timestep (Lin et al., "Common diffusion noise schedules and
+                     sample steps are flawed", 2023, table 2).
+        "uniform"    evenly spaced, counted up from 0 in strides of num_timesteps // steps. The
+                     first timestep used is (steps - 1) · stride, below num_timesteps - 1
+                     (Song et al. 2021, appendix D.2; "leading" in diffusers).
+        "quadratic"  (num_timesteps - 1) u² for u evenly spaced in [0, 1], so denser at small t
+                     (same appendix; its authors' code goes up to 0.8 num_timesteps).
+        a list       these timesteps; `steps` is ignored.
+
+    Raises ValueError for an unknown spacing, for steps outside 1 … num_timesteps, and for a list
+    that does not decrease strictly or has a value outside 0 … num_timesteps - 1.
     """
     if not isinstance(spacing, str):
-        timesteps = [int(t) for t in spacing]
-        if not timesteps or any(t <= s for t, s in zip(timesteps, [*timesteps[1:], -1])) or timesteps[0] >= total:
-            raise ValueError(f"timesteps fall from at most {total - 1} to at least 0, each once; these are {timesteps}")
-        return timesteps
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps is 1 to {total}, the length of the schedule, not {steps}")
-    if spacing == "uniform":
-        return [i * (total // steps) for i in reversed(range(steps))]
-    if spacing == "quadratic":
-        return round_timesteps([(total - 1) * (i / (steps - 1)) ** 2 for i in range(steps)] if steps > 1 else [total - 1], total)
+        return _check_timesteps([int(t) for t in spacing], num_timesteps)
+    _check_steps(steps, num_timesteps)
     if spacing == "trailing":
-        return [round(total - i * total / steps) - 1 for i in range(steps)]
-    raise ValueError(f'spacing is "uniform", "quadratic", "trailing" or a list of timesteps, not {spacing!r}')
+        return [round(num_timesteps - i * num_timesteps / steps) - 1 for i in range(steps)]
+    if spacing == "uniform":
+        stride = num_timesteps // steps
+        return [i * stride for i in reversed(range(steps))]
+    if spacing == "quadratic":
+        if steps == 1:
+            return [num_timesteps - 1]
+        roots = [i / (steps - 1) for i in reversed(range(steps))]           # 1, …, 0
+        return round_timesteps([(num_timesteps - 1) * u ** 2 for u in roots], num_timesteps)
+    raise ValueError(
+        f'spacing must be "trailing", "uniform", "quadratic" or a list, not {spacing!r}'
+    )
 
 
 def karras_timesteps(schedule, steps: int, rho: float = 7.0, sigma_max: float = 80.0) -> list[int]:
-    """`steps` timesteps nearest to Karras' noise levels σ̄_i = (σ̄_min^(1/ρ) + i / (n - 1) (σ̄_max^(1/ρ) - σ̄_min^(1/ρ)))^ρ, the
-    highest first.
+    """The timesteps nearest to the noise levels of Karras et al. 2022, eq. 5, in decreasing order.
 
-    (Karras et al. 2022, eq. 5.) They crowd where there is little noise. σ̄_max is the schedule's, or `sigma_max` where that is
-    less: cosine ends at thousands, where there is nothing to see. Nearest in log σ̄; each timestep once.
+        σ̄_i = (high^(1/rho) + i / (steps - 1) (low^(1/rho) - high^(1/rho)))^rho
+        i = 0 … steps - 1,    σ̄ = sigma_t / alpha_t
+        low, high: the lowest and the highest σ̄ of the schedule, the latter at most sigma_max
+
+    schedule: a NoiseSchedule.
+    steps: how many timesteps, 1 … T.
+    rho: the larger, the more of them lie at low noise.
+    sigma_max: limit of `high`. The cosine schedule reaches a σ̄ of thousands, where x_t contains
+        practically no image.
+
+    Nearest is meant in log σ̄. No timestep occurs twice.
+    Raises ValueError if steps is not in 1 … T.
     """
-    if not 1 <= steps <= len(schedule):
-        raise ValueError(f"steps is 1 to {len(schedule)}, the length of the schedule, not {steps}")
-    sigmas = (schedule.sigma_t / schedule.alpha_t).numpy()
-    high, low = min(sigmas[-1], sigma_max) ** (1 / rho), sigmas[0] ** (1 / rho)
-    wanted = np.array([(low + i / max(steps - 1, 1) * (high - low)) ** rho for i in range(steps)] if steps > 1 else [high ** rho])
-    finite = np.isfinite(sigmas)
-    return round_timesteps(np.interp(np.log(wanted), np.log(sigmas[finite]), np.flatnonzero(finite)), len(schedule))
+    _check_steps(steps, len(schedule))
+    sigmas = (schedule.sigma_t / schedule.alpha_t).numpy()                  # σ̄ [T], increasing
+    root_high = min(sigmas[-1], sigma_max) ** (1 / rho)
+    root_low = sigmas[0] ** (1 / rho)
+    fractions = np.arange(steps) / max(steps - 1, 1)                        # 0, …, 1
+    levels = (root_high + fractions * (root_low - root_high)) ** rho        # σ̄_i [steps]
+
+    # Find the fractional t of each level: interpolate t linearly as a function of log σ̄.
+    # Leave out an infinite σ̄, which occurs where alpha_t = 0.
+    t_known = np.flatnonzero(np.isfinite(sigmas))
+    log_sigmas = np.log(sigmas[t_known])
+    t = np.interp(np.log(levels), log_sigmas, t_known)
+    return round_timesteps(t.tolist(), len(schedule))
 
 
-def round_timesteps(rising, total) -> list[int]:
-    """Rising positions → whole timesteps below `total`, each once, from the noisiest down."""
-    timesteps = []
-    for i, t in enumerate(rising):
-        timesteps.append(max(round(float(t)), timesteps[-1] + 1 if timesteps else 0))
-    room = total - len(timesteps)
-    return [min(t, room + i) for i, t in enumerate(timesteps)][::-1]
+def round_timesteps(fractional: list[float], num_timesteps: int) -> list[int]:
+    """Round fractional timesteps to distinct integers in 0 … num_timesteps - 1.
 
+    fractional: at most num_timesteps values, in decreasing order.
 
-def ddpm_step(schedule, prediction, x_t: torch.Tensor, t: int, s: int, z: torch.Tensor) -> torch.Tensor:
-    """From x_t to x_s with noise z, all [B, C, H, W].
-
-    prediction.log_variance belongs to the single step from t to t - 1, and lies somewhere between the bounds of that step. A longer
-    jump has bounds of its own, beta (1 - a_s) / (1 - a_t) and beta; its variance is put at the same place between them.
+    Returns as many integers, in strictly decreasing order. Where several values round to the same
+    integer, the smallest value gets it, and the others get the next higher integers. At the upper
+    end, where no higher ones are left, the values move down instead.
     """
-    a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
-    beta = 1 - a_t / a_s
-    mean = math.sqrt(a_s) * beta / (1 - a_t) * prediction.x0 + math.sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t) * x_t
-    if s < 0:
-        return mean
-    low, high = _log_variance_bounds(schedule, t, s)
-    log_variance = prediction.log_variance
-    if log_variance is None:
-        return mean + math.exp(low / 2) * z
-    if s < t - 1:
-        low_1, high_1 = _log_variance_bounds(schedule, t, t - 1)
-        log_variance = low + (log_variance - low_1) / (high_1 - low_1) * (high - low)
-    return mean + torch.exp(log_variance / 2) * z
+    rounded = []                                                            # in increasing order
+    for t in reversed(fractional):
+        lowest_free = rounded[-1] + 1 if rounded else 0
+        rounded.append(max(round(t), lowest_free))
+
+    # The largest may now exceed T - 1. Value i of n (i = 0 … n - 1) can be at most T - n + i.
+    limit = num_timesteps - len(rounded)                                    # T - n
+    rounded = [min(t, limit + i) for i, t in enumerate(rounded)]
+    return rounded[::-1]
 
 
-def _log_variance_bounds(schedule, t, s):
-    """Of the jump from t to s ≥ 0: log(beta (1 - a_s) / (1 - a_t)) and log(beta)."""
-    a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
-    high = math.log(1 - a_t / a_s)
-    return high + math.log((1 - a_s) / (1 - a_t)), high
+def _check_steps(steps: int, num_timesteps: int) -> None:
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(
+            f"steps must be 1 to {num_timesteps}, the length of the schedule, not {steps}"
+        )
 
 
-def ddim_step(schedule, prediction, x_t: torch.Tensor, t: int, s: int, z: torch.Tensor, eta: float) -> torch.Tensor:
-    """From x_t to x_s with noise z, all [B, C, H, W]; eta in [0, 1], and with eta = 0 z may be None."""
-    a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
-    sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
-    direction = math.sqrt(max(1 - a_s - sigma ** 2, 0.0))
-    x_s = math.sqrt(a_s) * prediction.x0 + direction * prediction.eps
-    return x_s + sigma * z if eta else x_s
+def _check_timesteps(timesteps: list[int], num_timesteps: int) -> list[int]:
+    decreasing = all(t > s for t, s in itertools.pairwise(timesteps))
+    in_range = all(0 <= t < num_timesteps for t in timesteps)
+    if not timesteps or not decreasing or not in_range:
+        raise ValueError(
+            f"timesteps must decrease strictly and lie in 0 to {num_timesteps - 1}, "
+            f"not {timesteps}"
+        )
+    return timesteps
 
 
-def initial_noise(shape, generator, device, dtype, x_T) -> torch.Tensor:
-    """x_T, in float32 at least; or, if it is None, noise of this shape."""
-    if x_T is not None:
-        return x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-    if shape is None:
-        raise ValueError("a sampler needs either shape, (B, C, H, W), or x_T, the noise to start from")
-    return normal_noise(shape, generator, device, dtype)
+# ---------------------------------------------------------------- the loop
 
 
 @torch.no_grad()
-def sampling_loop(step, denoise, schedule, shape, timesteps, generator, device, dtype, x_T, noisy=True) -> Iterator[Step]:
+def sampling_loop(
+    step, denoise, schedule, timesteps: list[int], shape=None,
+    generator=None, device="cpu", dtype=torch.float32, x_T=None, stochastic: bool = True,
+) -> Iterator[Step]:
+    """Run a step function over a list of timesteps; the loop of every sampler in this file.
+
+    step: a function (schedule, prediction, x_t, t, s, z) -> x_s.
+        prediction: the denoiser's Prediction at x_t.
+        x_t, x_s: the sample before and after the step, [B, C, H, W].
+        t, s: the current and the next timestep, int; s = -1 in the last step.
+        z: new standard normal noise [B, C, H, W]; None if not stochastic.
+    timesteps: strictly decreasing, for example from `spaced_timesteps`.
+    stochastic: whether the step function needs z.
+
+    Other arguments: as for `ddpm`. Yields one Step for each timestep.
+    """
     x = initial_noise(shape, generator, device, dtype, x_T)
-    for index, (t, s) in enumerate(zip(timesteps, [*timesteps[1:], -1])):
+    for index, (t, s) in enumerate(itertools.pairwise([*timesteps, -1])):
         prediction = denoise(x, torch.full((len(x),), t, device=x.device))
-        z = normal_noise(x.shape, generator, x.device, x.dtype) if noisy else None
+        z = normal_noise(x.shape, generator, x.device, x.dtype) if stochastic else None
         x = step(schedule, prediction, x, t, s, z)
         yield Step(index, t, x, prediction.x0)
 
 
-def ddpm(denoise, schedule, shape=None, steps=None, spacing="trailing", generator=None, device="cpu",
-         dtype=torch.float32, x_T=None) -> Iterator[Step]:
-    """Ancestral sampling; yields `steps` Steps (default: one for each timestep).
+def initial_noise(shape, generator, device, dtype, x_T) -> torch.Tensor:
+    """The noise from which sampling starts, [B, C, H, W].
 
-    shape (B, C, H, W) of the pictures, or x_T, the noise to start from; x is float32 or float64, half precision belongs into the
-    denoiser. The last Step's x is the sample: it is the mean, no noise is added to it (diffusers adds some to trailing steps, unless
-    the variance is fixed_small).
+    It is x_T, converted to float32 if its precision is lower. If x_T is None, it is new noise of
+    this shape, device and dtype. Raises ValueError if both shape and x_T are None.
     """
-    timesteps = spaced_timesteps(len(schedule), len(schedule) if steps is None else steps, spacing)
-    return sampling_loop(ddpm_step, denoise, schedule, shape, timesteps, generator, device, dtype, x_T)
+    if x_T is not None:
+        return x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+    if shape is None:
+        raise ValueError("a sampler needs either shape (B, C, H, W) or x_T, the initial noise")
+    return normal_noise(shape, generator, device, dtype)
 
 
-def ddim(denoise, schedule, shape=None, steps=50, eta=0.0, spacing="trailing", generator=None, device="cpu",
-         dtype=torch.float32, x_T=None) -> Iterator[Step]:
-    """DDIM; yields `steps` Steps. eta = 0: x_T alone decides the picture; eta = 1: DDPM. Otherwise as `ddpm`."""
+# ---------------------------------------------------------------- samplers
+
+
+def ddpm(
+    denoise, schedule, shape=None, steps=None, spacing="trailing",
+    generator=None, device="cpu", dtype=torch.float32, x_T=None,
+) -> Iterator[Step]:
+    """DDPM, also called ancestral sampling.
+
+    denoise: (x_t [B, C, H, W], t int64 [B]) -> Prediction.
+    schedule: a NoiseSchedule.
+    shape: (B, C, H, W) of the samples, unless x_T is given.
+    steps: number of steps, 1 … T; None = T.
+    spacing: "trailing", "uniform", "quadratic" or a list of timesteps, see `spaced_timesteps`.
+    generator: source of all noise; None = PyTorch's default generator.
+    device, dtype: of the samples, if x_T is None. dtype: float32 or float64; for half precision
+        use autocast inside the denoiser.
+    x_T: initial noise [B, C, H, W]; None = drawn from the generator.
+
+    Yields one Step for each timestep; the last one's x is the sample. The last step returns its
+    mean, without noise. (diffusers adds noise in the last step of the "trailing" spacing, unless
+    the variance is "fixed_small".)
+    """
+    if steps is None:
+        steps = len(schedule)
+    timesteps = spaced_timesteps(len(schedule), steps, spacing)
+    return sampling_loop(
+        ddpm_step, denoise, schedule, timesteps, shape, generator, device, dtype, x_T
+    )
+
+
+def ddpm_step(
+    schedule, prediction, x_t: torch.Tensor, t: int, s: int, z: torch.Tensor
+) -> torch.Tensor:
+    """One DDPM step from x_t to x_s with noise z, all [B, C, H, W]; without noise if s = -1."""
+    alpha_bar_t = schedule.alpha_bar_at(t)
+    alpha_bar_s = schedule.alpha_bar_at(s)
+    beta = 1 - alpha_bar_t / alpha_bar_s
+    c_0 = math.sqrt(alpha_bar_s) * beta / (1 - alpha_bar_t)
+    c_t = math.sqrt(alpha_bar_t / alpha_bar_s) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+    mean = c_0 * prediction.x0 + c_t * x_t
+    if s < 0:
+        return mean
+    return mean + _ddpm_std(schedule, prediction.log_variance, t, s) * z
+
+
+def _ddpm_std(schedule, log_variance, t: int, s: int):
+    """The standard deviation of a DDPM step from t to s ≥ 0: a float or a tensor.
+
+    log_variance: that of the step from t to t - 1, or None for the posterior variance beta_tilde.
+        If s < t - 1, it is interpolated to lie at the same fraction between the bounds of the
+        step from t to s.
+    """
+    lower, upper = _log_variance_bounds(schedule, t, s)
+    if log_variance is None:
+        return math.exp(lower / 2)
+    if s < t - 1:
+        lower_prev, upper_prev = _log_variance_bounds(schedule, t, t - 1)   # of the step to t - 1
+        fraction = (log_variance - lower_prev) / (upper_prev - lower_prev)
+        log_variance = lower + fraction * (upper - lower)
+    return torch.exp(log_variance / 2)
+
+
+def _log_variance_bounds(schedule, t: int, s: int) -> tuple[float, float]:
+    """log beta_tilde and log beta, the lower and upper bound, for the step from t to s ≥ 0."""
+    alpha_bar_t = schedule.alpha_bar_at(t)
+    alpha_bar_s = schedule.alpha_bar_at(s)
+    log_beta = math.log(1 - alpha_bar_t / alpha_bar_s)
+    log_beta_tilde = log_beta + math.log((1 - alpha_bar_s) / (1 - alpha_bar_t))
+    return log_beta_tilde, log_beta
+
+
+def ddim(
+    denoise, schedule, shape=None, steps=50, eta=0.0, spacing="trailing",
+    generator=None, device="cpu", dtype=torch.float32, x_T=None,
+) -> Iterator[Step]:
+    """DDIM, deterministic or stochastic.
+
+    eta: 0 … 1. With 0 the samples depend on x_T alone; 1 is DDPM with the posterior variance.
+
+    Other arguments and yielded Steps: as for `ddpm`; steps cannot be None.
+    Raises ValueError if eta is not in 0 … 1.
+    """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is 0 (deterministic) to 1 (DDPM), not {eta}")
+        raise ValueError(f"eta must be 0 (deterministic) to 1 (DDPM), not {eta}")
+    timesteps = spaced_timesteps(len(schedule), steps, spacing)
+    return sampling_loop(
+        partial(ddim_step, eta=eta), denoise, schedule, timesteps,
+        shape, generator, device, dtype, x_T, stochastic=eta > 0,
+    )
 
-    def step(*now):
-        return ddim_step(*now, eta)
 
-    return sampling_loop(step, denoise, schedule, shape, spaced_timesteps(len(schedule), steps, spacing), generator, device,
-                 dtype, x_T, noisy=eta > 0)
+def ddim_step(
+    schedule, prediction, x_t: torch.Tensor, t: int, s: int, z: torch.Tensor | None, eta: float
+) -> torch.Tensor:
+    """One DDIM step from x_t to x_s with noise z, all [B, C, H, W]; z is not used if eta = 0."""
+    alpha_bar_t = schedule.alpha_bar_at(t)
+    alpha_bar_s = schedule.alpha_bar_at(s)
+    beta = 1 - alpha_bar_t / alpha_bar_s
+    std = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta)
+    # max: rounding may make the difference slightly negative
+    coef_eps = math.sqrt(max(1 - alpha_bar_s - std ** 2, 0.0))
+    x_s = math.sqrt(alpha_bar_s) * prediction.x0 + coef_eps * prediction.eps
+    return x_s + std * z if eta > 0 else x_s
 
 
-def dpm_solver(denoise, schedule, shape=None, steps=20, stochastic=False, spacing="trailing", generator=None, device="cpu",
-               dtype=torch.float32, x_T=None) -> Iterator[Step]:
-    """DPM-Solver++ of second order, multistep (2M): one network call a step; yields `steps` Steps. Otherwise as `ddpm`.
+def dpm_solver(
+    denoise, schedule, shape=None, steps=20, stochastic=False, spacing="trailing",
+    generator=None, device="cpu", dtype=torch.float32, x_T=None,
+) -> Iterator[Step]:
+    """DPM-Solver++ (2M): a multistep method of second order, one network call per step.
 
-    stochastic: its SDE form, which adds noise at each step: x_s = (noise_s / noise_t) e^-h x_t + signal_s (1 - e^-2h) x0' +
-    noise_s sqrt(1 - e^-2h) z. The first step, for want of one before, and the last are of first order, as in diffusers.
+    stochastic: if True, the SDE variant, which adds noise in each step:
+        x_s = (sigma_s / sigma_t) e^-h x_t + alpha_s (1 - e^-2h) x0' + sigma_s sqrt(1 - e^-2h) z
+
+    Other arguments and yielded Steps: as for `ddpm`; steps cannot be None.
+    The first step is of first order, since it has no previous step. So is the last one, as in
+    diffusers: it returns the predicted x0.
     """
-    before = None
+    x0_prev = None
+    h_prev = None
 
     def step(schedule, prediction, x_t, t, s, z):
-        nonlocal before
+        nonlocal x0_prev, h_prev
         if s < 0:
             return prediction.x0
-        h, x0 = float(compute_lambda(schedule, s) - compute_lambda(schedule, t)), prediction.x0
-        if before is not None:
-            x0_before, h_before = before
-            x0 = torch.lerp(x0_before, x0, 1 + h / (2 * h_before))          # beyond x0, in the direction it came
-        before = prediction.x0, h
-        signal, shrink = float(schedule.alpha_t[s]), float(schedule.sigma_t[s] / schedule.sigma_t[t])
-        if stochastic:
-            fresh = -math.expm1(-2 * h)
-            return shrink * math.exp(-h) * x_t + signal * fresh * x0 + float(schedule.sigma_t[s]) * math.sqrt(fresh) * z
-        return torch.add(shrink * x_t, x0, alpha=-signal * math.expm1(-h))
 
-    return sampling_loop(step, denoise, schedule, shape, spaced_timesteps(len(schedule), steps, spacing), generator, device,
-                 dtype, x_T, noisy=stochastic)
+        # Extrapolate x0 to the middle of this step, linearly in λ.
+        # If alpha_t = 0, which only the first step can have, then h = ∞: e^-h is 0 below, and
+        # h / h_prev is 0 in the next step, which therefore does not extrapolate.
+        h = float(compute_lambda(schedule, s) - compute_lambda(schedule, t))
+        x0 = prediction.x0
+        if x0_prev is not None:
+            x0 = x0 + h / (2 * h_prev) * (x0 - x0_prev)
+        x0_prev = prediction.x0
+        h_prev = h
+
+        # The update; math.expm1(x) is e^x - 1.
+        alpha_s = float(schedule.alpha_t[s])
+        sigma_s = float(schedule.sigma_t[s])
+        sigma_ratio = float(schedule.sigma_t[s] / schedule.sigma_t[t])
+        if not stochastic:
+            return sigma_ratio * x_t - alpha_s * math.expm1(-h) * x0
+        noise_fraction = -math.expm1(-2 * h)            # how much of sigma_s² is new noise
+        return (
+            sigma_ratio * math.exp(-h) * x_t
+            + alpha_s * noise_fraction * x0
+            + sigma_s * math.sqrt(noise_fraction) * z
+        )
+
+    timesteps = spaced_timesteps(len(schedule), steps, spacing)
+    return sampling_loop(
+        step, denoise, schedule, timesteps, shape, generator, device, dtype, x_T, stochastic
+    )
 
 
 def compute_lambda(schedule, t: int) -> torch.Tensor:
-    """λ = log(signal / noise) at timestep t; -inf where there is no signal."""
+    """λ_t = log(alpha_t / sigma_t), half the log-SNR; -inf where alpha_t = 0."""
     return (schedule.alpha_t[t] / schedule.sigma_t[t]).log()
 
 
-def heun(denoise, schedule, shape=None, steps=18, spacing=None, generator=None, device="cpu", dtype=torch.float32,
-         x_T=None) -> Iterator[Step]:
-    """Heun's method of second order, by default on Karras' noise levels, from σ̄ = 80 at most: two network calls a step, one in the
-    last; yields `steps` Steps. Otherwise as `ddpm`."""
+def heun(
+    denoise, schedule, shape=None, steps=18, spacing=None,
+    generator=None, device="cpu", dtype=torch.float32, x_T=None,
+) -> Iterator[Step]:
+    """Heun's method of second order: two network calls per step, one in the last step.
+
+    spacing: as for `ddpm`; None = `karras_timesteps(schedule, steps)`, with σ̄ of at most 80.
+
+    Other arguments and yielded Steps: as for `ddpm`; steps cannot be None.
+    """
     def step(schedule, prediction, x_t, t, s, z):
         x_s = ddim_step(schedule, prediction, x_t, t, s, z, eta=0.0)
-        if s < 0 or schedule.alpha_t[t] == 0:            # a clean picture is not asked again; and from σ̄ = ∞ there is no trapezoid
+        # No second-order correction where it is undefined: σ̄_t = ∞ if alpha_t = 0, and there is
+        # no prediction at s = -1.
+        if s < 0 or schedule.alpha_t[t] == 0:
             return x_s
-        again = denoise(x_s, torch.full((len(x_s),), s, device=x_s.device))
-        sigma_t, sigma_s = (float(schedule.sigma_t[i] / schedule.alpha_t[i]) for i in (t, s))
-        return x_s + float(schedule.alpha_t[s]) * (sigma_s - sigma_t) * (again.eps - prediction.eps) / 2
+        alpha_s = float(schedule.alpha_t[s])
+        sigma_bar_t = float(schedule.sigma_t[t] / schedule.alpha_t[t])
+        sigma_bar_s = float(schedule.sigma_t[s] / schedule.alpha_t[s])
+        prediction_s = denoise(x_s, torch.full((len(x_s),), s, device=x_s.device))
+        # The DDIM step is x̄_t + (σ̄_s - σ̄_t) eps_t. To replace eps_t by (eps_t + eps_s) / 2, add
+        # (σ̄_s - σ̄_t) (eps_s - eps_t) / 2; the factor alpha_s turns x̄_s into x_s.
+        return x_s + alpha_s * (sigma_bar_s - sigma_bar_t) * (prediction_s.eps - prediction.eps) / 2
 
-    spacing = karras_timesteps(schedule, steps) if spacing is None else spacing
-    return sampling_loop(step, denoise, schedule, shape, spaced_timesteps(len(schedule), steps, spacing), generator, device,
-                 dtype, x_T, noisy=False)
+    if spacing is None:
+        spacing = karras_timesteps(schedule, steps)
+    timesteps = spaced_timesteps(len(schedule), steps, spacing)
+    return sampling_loop(
+        step, denoise, schedule, timesteps, shape, generator, device, dtype, x_T, stochastic=False
+    )

@@ -1,26 +1,46 @@
-"""How much noise there is at each timestep.
+"""Noise schedules: how much of the image and how much noise x_t contains at each timestep.
 
-Diffusion destroys a picture in T small steps, each with a variance beta_t:
+The forward process adds Gaussian noise to an image in T small steps, with variances beta_t:
 
     q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)
 
-Many small Gaussian steps are one large Gaussian step, so any x_t comes straight from the picture x0:
+A sequence of Gaussian steps is again Gaussian, so x_t can be computed from the clean image x0
+in one step:
 
-    alpha_bar_t = (1 - beta_0) (1 - beta_1) ... (1 - beta_t)
-    x_t = signal_t x0 + noise_t ε,    signal_t = sqrt(alpha_bar_t),    noise_t = sqrt(1 - alpha_bar_t)
+    alpha_bar_t = (1 - beta_0) (1 - beta_1) … (1 - beta_t)
+    x_t = alpha_t x0 + sigma_t eps,    eps ~ N(0, I)
+    alpha_t = sqrt(alpha_bar_t),    sigma_t = sqrt(1 - alpha_bar_t)
 
-(Ho et al., "Denoising Diffusion Probabilistic Models", 2020, eq. 2 and 4.) A schedule is nothing but the T betas, and each
-constructor below is one published way to choose them; everything is float64, and t = 0 is the least noise: our t is the papers' t - 1,
-and x0 always the clean picture. The usual numbers of `linear`, `quad`, `sigmoid` and `const` are meant for about a thousand steps: with
-a hundred they leave much of the picture at the end, from which no sampler knows how to start; take `cosine` or `jsd` there.
+(Ho et al., "Denoising Diffusion Probabilistic Models", 2020, eq. 2 and 4.)
 
-The usual schedules keep a little signal at the end, sqrt(alpha_bar_T) of 0.07 in Stable Diffusion's: a network that was
-trained so has never seen pure noise, yet sampling starts from it, and the pictures' brightness suffers. `zero_terminal_snr`
-mends a schedule (Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023). The file needs nothing but torch.
+Notation:
+- Timesteps run from t = 0, the least noise, to t = T - 1. Our t is Ho et al.'s t - 1.
+- x0 is the clean image, without noise. Samplers end at x0 and call it t = -1.
+- alpha_t is the factor of x0, as in DPM-Solver. Ho et al. write alpha_t for 1 - beta_t.
+- SNR_t = alpha_t² / sigma_t² is the signal-to-noise ratio.
+
+A schedule is defined by its T betas. Each constructor below is one published choice. All values
+are float64.
+
+The defaults of `linear`, `quad`, `sigmoid` and `const` are made for T of about 1000. With T = 100
+they end far from pure noise: alpha_bar of the last timestep is 0.36 for `linear`. Sampling, which
+starts from pure noise, then fails. For a small T use `cosine`, or `jsd`, in which alpha_bar
+decreases linearly to zero (the initials of J. Sohl-Dickstein, its author).
+
+Even with T = 1000 most schedules end at an SNR above zero; in Stable Diffusion's schedule the
+last alpha_t is 0.07. A network trained with it never sees pure noise, although sampling starts
+from it, and this limits the brightness of the samples. `zero_terminal_snr` rescales a schedule to
+a last SNR of zero (Lin et al., "Common diffusion noise schedules and sample steps are flawed",
+2023).
+
+The file needs torch only.
 
 >>> schedule = NoiseSchedule.cosine(1000)
->>> len(schedule), round(float(schedule.alpha_t[0]), 4)
-(1000, 1.0)
+>>> len(schedule), schedule.alpha_bar.shape, round(schedule.alpha_bar_at(500), 2)
+(1000, torch.Size([1000]), 0.49)
+>>> alpha_t, sigma_t = schedule.alpha_sigma(torch.tensor([0, 999]), torch.zeros(2, 3, 8, 8))
+>>> alpha_t.shape
+torch.Size([2, 1, 1, 1])
 """
 
 import math
@@ -29,81 +49,142 @@ import torch
 
 
 class NoiseSchedule:
-    """The betas of T timesteps and what follows from them, all float64 [T]: alpha_bar, signal, noise.
+    """The betas of T timesteps and the values computed from them.
 
-    Raises ValueError unless betas is one-dimensional, not empty and within (0, 1), the last within (0, 1].
+    betas: T values in (0, 1); the last one may be 1.
+
+    Attributes, each float64 [T] on the CPU: betas, alpha_bar, alpha_t, sigma_t.
+
+    Raises ValueError for betas that are empty, not one-dimensional or out of range.
     """
 
     def __init__(self, betas):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or len(betas) == 0:
-            raise ValueError(f"betas is a list of T numbers, not a tensor of shape {tuple(betas.shape)}")
-        if not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
-            raise ValueError(f"each beta lies in (0, 1), the last may be 1; these run from {betas.min():.4g} to {betas.max():.4g}")
+            raise ValueError(f"betas must be a list of T values, not of shape {tuple(betas.shape)}")
+        in_range = ((betas > 0) & (betas <= 1)).all()
+        beta_is_one_before_last = (betas[:-1] == 1).any()
+        if not in_range or beta_is_one_before_last:
+            raise ValueError(
+                "each beta must be in (0, 1), and only the last may be 1; "
+                f"these range from {betas.min():.4g} to {betas.max():.4g}"
+            )
         self.betas = betas
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)
         self.alpha_t = self.alpha_bar.sqrt()
         self.sigma_t = (1 - self.alpha_bar).sqrt()
 
     @classmethod
-    def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> "NoiseSchedule":
-        """Betas on a straight line (Ho et al. 2020, section 4)."""
-        return cls(torch.linspace(first, last, steps, dtype=torch.float64))
+    def linear(
+        cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> "NoiseSchedule":
+        """Betas that increase linearly from beta_start to beta_end (Ho et al. 2020, section 4)."""
+        return cls(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
 
     @classmethod
-    def quad(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> "NoiseSchedule":
-        """The betas' square roots on a straight line: slower at first than `linear`."""
-        return cls(torch.linspace(first ** 0.5, last ** 0.5, steps, dtype=torch.float64) ** 2)
+    def quad(
+        cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> "NoiseSchedule":
+        """Betas whose square roots increase linearly.
+
+        They increase more slowly at first than those of `linear`.
+        """
+        start, end = beta_start ** 0.5, beta_end ** 0.5
+        return cls(torch.linspace(start, end, num_timesteps, dtype=torch.float64) ** 2)
 
     @classmethod
-    def scaled_linear(cls, steps: int = 1000) -> "NoiseSchedule":
-        """Stable Diffusion's: `quad` from 0.00085 to 0.012 (Rombach et al., "Latent Diffusion", 2022)."""
-        return cls.quad(steps, 0.00085, 0.012)
+    def scaled_linear(cls, num_timesteps: int = 1000) -> "NoiseSchedule":
+        """Stable Diffusion's schedule: `quad` from 0.00085 to 0.012.
+
+        (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022.)
+        """
+        return cls.quad(num_timesteps, beta_start=0.00085, beta_end=0.012)
 
     @classmethod
-    def const(cls, steps: int = 1000, beta: float = 0.02) -> "NoiseSchedule":
-        """The same beta at every step, so that the signal decays like radioactivity."""
-        return cls(torch.full((steps,), beta, dtype=torch.float64))
+    def const(cls, num_timesteps: int = 1000, beta: float = 0.02) -> "NoiseSchedule":
+        """The same beta at every timestep: alpha_bar decays exponentially."""
+        return cls(torch.full((num_timesteps,), beta, dtype=torch.float64))
 
     @classmethod
-    def jsd(cls, steps: int = 1000) -> "NoiseSchedule":
-        """Betas 1/T, 1/(T-1) … 1, so that alpha_bar falls on a straight line to zero (J. Sohl-Dickstein et al., "Deep Unsupervised
-        Learning using Nonequilibrium Thermodynamics", 2015, section 2.4.1, where it serves binomial data)."""
-        return cls(1 / torch.arange(steps, 0, -1, dtype=torch.float64))
+    def jsd(cls, num_timesteps: int = 1000) -> "NoiseSchedule":
+        """Betas 1/T, 1/(T - 1), …, 1: alpha_bar decreases linearly to zero.
+
+        (J. Sohl-Dickstein et al., "Deep Unsupervised Learning using Nonequilibrium
+        Thermodynamics", 2015, section 2.4.1, where it is used for binomial data.)
+        """
+        return cls(1 / torch.arange(num_timesteps, 0, -1, dtype=torch.float64))
 
     @classmethod
-    def sigmoid(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> "NoiseSchedule":
-        """Betas along the S of a sigmoid from -6 to 6 (Xu et al., "GeoDiff", 2022)."""
-        return cls(torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64)) * (last - first) + first)
+    def sigmoid(
+        cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> "NoiseSchedule":
+        """Betas between beta_start and beta_end that follow a sigmoid over [-6, 6].
+
+        (Xu et al., "GeoDiff", 2022.)
+        """
+        u = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64)
+        return cls(torch.sigmoid(u) * (beta_end - beta_start) + beta_start)
 
     @classmethod
-    def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> "NoiseSchedule":
-        """alpha_bar follows a squared cosine (Nichol & Dhariwal, "Improved DDPM", 2021, eq. 17)."""
-        u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    def cosine(
+        cls, num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+    ) -> "NoiseSchedule":
+        """Betas for which alpha_bar follows a squared cosine.
+
+        offset: keeps the first betas from becoming too small; `s` in the paper.
+        max_beta: upper limit of the betas, which would otherwise reach 1.
+
+        (Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021, eq. 17.)
+        """
+        u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
         return cls((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
     def zero_terminal_snr(self) -> "NoiseSchedule":
-        """The same schedule, its signal shifted and stretched so that the last timestep is pure noise (Lin et al. 2023,
-        algorithm 1): signal ← (signal - last) · first / (first - last). Min-SNR, whose weight is 0 there, would never train it."""
+        """A rescaled copy of the schedule whose last timestep is pure noise.
+
+        alpha_t ← (alpha_t - alpha_{T-1}) alpha_0 / (alpha_0 - alpha_{T-1})
+
+        The first alpha_t stays as it is and the last one becomes zero (Lin et al. 2023,
+        algorithm 1).
+
+        Train with prediction type "v" or "x0": at the last timestep x0 cannot be computed from
+        eps. Do not use the min-SNR weight: there it is 0 for "v" and "x0", so that the last
+        timestep would not be trained.
+
+        Raises ValueError for a schedule of one timestep.
+        """
         if len(self) < 2:
-            raise ValueError("a schedule of one timestep has no last one to rescale")
+            raise ValueError("a schedule of one timestep cannot be rescaled to zero terminal SNR")
         first, last = self.alpha_t[0], self.alpha_t[-1]
         alpha_bar = ((self.alpha_t - last) * first / (first - last)) ** 2
-        before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        return NoiseSchedule(1 - alpha_bar / before)
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        return NoiseSchedule(1 - alpha_bar / alpha_bar_prev)
 
     def __len__(self) -> int:
+        """The number of timesteps T."""
         return len(self.betas)
 
     def alpha_bar_at(self, t: int) -> float:
-        """alpha_bar at timestep t; 1.0 at t = -1, the clean picture, where every sampler ends."""
+        """alpha_bar at timestep t; 1.0 at t = -1, the clean image, where samplers end."""
         return float(self.alpha_bar[t]) if t >= 0 else 1.0
 
-    def alpha_sigma(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """signal_t and noise_t for timesteps t int64 [B], each [B, 1, 1, ...], ready to multiply `like` [B, ...]. ValueError for times
-        that are no timesteps of this schedule."""
-        shape, at = (-1,) + (1,) * (like.ndim - 1), t.cpu()
-        if at.is_floating_point() or at.min() < 0 or at.max() >= len(self):
-            raise ValueError(f"timesteps are whole numbers from 0 to {len(self) - 1}, not {at.dtype} from {at.min():.4g} to {at.max():.4g}")
-        return tuple(values[at].to(like.device, like.dtype).view(shape) for values in (self.alpha_t, self.sigma_t))
+    def alpha_sigma(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha_t and sigma_t at the timesteps of a batch, in a shape that multiplies x.
+
+        t: int64 [B], from 0 to T - 1.
+        x: [B, ...], for example images [B, C, H, W].
+
+        Returns two tensors [B, 1, 1, ...] with the device and dtype of x.
+        Raises ValueError for a t that is not a timestep of this schedule.
+        """
+        t = t.cpu()
+        if t.is_floating_point() or t.min() < 0 or t.max() >= len(self):
+            raise ValueError(
+                f"timesteps must be integers from 0 to {len(self) - 1}, "
+                f"not {t.dtype} from {t.min():.4g} to {t.max():.4g}"
+            )
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        alpha_t = self.alpha_t[t].to(x.device, x.dtype).view(shape)
+        sigma_t = self.sigma_t[t].to(x.device, x.dtype).view(shape)
+        return alpha_t, sigma_t

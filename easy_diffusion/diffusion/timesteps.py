@@ -1,76 +1,157 @@
-"""TODO."""
+"""How the timesteps of a training batch are drawn.
+
+A training step computes the loss L_t of each image at one random timestep t. The distribution of
+t decides which noise levels are trained most:
+
+    uniform         p_t = 1 / T                      (Ho et al. 2020, algorithm 1)
+    logit-normal    t = T sigmoid(z),  z ~ N(mean, std²)
+                    favours medium noise levels      (Esser et al. 2024, section 3.1)
+    importance      p_t ∝ sqrt(E[L_t²]),  loss = L_t / (T p_t)
+                    favours large losses             (Nichol & Dhariwal 2021, eq. 18)
+
+The first two change the objective: the expected loss weighs the timesteps by p_t. Importance
+sampling divides by T p_t, so the expected loss is that of the uniform distribution and only its
+variance is smaller.
+
+Each function has the signature (batch, num_timesteps, generator) -> t [batch], on the generator's
+device. `..._timesteps` return integers for a `GaussianDiffusion`; `..._time` return floats in
+[0, 1] for models in continuous time, `RectifiedFlow` and `VarianceExploding`.
+
+(Ho et al., "Denoising Diffusion Probabilistic Models", 2020; Nichol & Dhariwal, "Improved Denoising
+Diffusion Probabilistic Models", 2021; Esser et al., "Scaling Rectified Flow Transformers for
+High-Resolution Image Synthesis", 2024.)
+
+The file needs torch only.
+
+>>> generator = torch.Generator().manual_seed(0)
+>>> t = uniform_timesteps(4, 1000, generator)
+>>> t.shape, t.dtype
+(torch.Size([4]), torch.int64)
+>>> t = logit_normal_time(4, 1000, generator)
+>>> bool(((t > 0) & (t < 1)).all())
+True
+"""
 
 import torch
 
 
-def uniform_timesteps(batch: int, steps: int, generator: torch.Generator) -> torch.Tensor:
-    """Each timestep 0 … steps - 1 as likely; int64 [batch], where the generator lives."""
-    return torch.randint(steps, (batch,), generator=generator, device=generator.device)
+def uniform_timesteps(
+    batch: int, num_timesteps: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Timesteps 0 … num_timesteps - 1 with equal probability, int64 [batch]."""
+    return torch.randint(
+        num_timesteps, (batch,), generator=generator, device=generator.device
+    )
 
 
-def logit_normal_timesteps(batch: int, steps: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.2) -> torch.Tensor:
-    """Training timesteps t = steps · sigmoid(N(mean, deviation²)): most often in the middle, where there is most to learn.
+def logit_normal_timesteps(
+    batch: int,
+    num_timesteps: int,
+    generator: torch.Generator,
+    mean: float = 0.0,
+    std: float = 1.2,
+) -> torch.Tensor:
+    """Timesteps t = floor(num_timesteps · sigmoid(z)), z ~ N(mean, std²), int64 [batch].
 
-    (Esser et al., "Scaling Rectified Flow Transformers", 2024, section 3.1.) int64 [batch], where the generator lives.
+    mean: above 0 favours large t, below 0 small t.
+    std: the smaller, the more t concentrates around num_timesteps · sigmoid(mean).
+
+    (Esser et al. 2024, section 3.1.)
     """
-    normal = torch.randn(batch, generator=generator, device=generator.device)
-    return (torch.sigmoid(mean + std * normal) * steps).long().clamp(max=steps - 1)
+    z = mean + std * torch.randn(batch, generator=generator, device=generator.device)
+    return (torch.sigmoid(z) * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+def uniform_time(
+    batch: int, num_timesteps: int, generator: torch.Generator, t_min: float = 1e-3
+) -> torch.Tensor:
+    """Times with a uniform distribution over [t_min, 1), float [batch].
+
+    num_timesteps is not used: it is there for the common signature.
+    """
+    return t_min + (1 - t_min) * torch.rand(batch, generator=generator, device=generator.device)
+
+
+def logit_normal_time(
+    batch: int,
+    num_timesteps: int,
+    generator: torch.Generator,
+    mean: float = 0.0,
+    std: float = 1.0,
+) -> torch.Tensor:
+    """Times t = sigmoid(z), z ~ N(mean, std²), float [batch] in (0, 1).
+
+    Medium times, where the velocity of a flow is hardest to predict, are drawn most often
+    (Esser et al. 2024, section 3.1). num_timesteps is not used: it is there for the common
+    signature.
+    """
+    z = torch.randn(batch, generator=generator, device=generator.device)
+    return torch.sigmoid(mean + std * z)
 
 
 class ImportanceTimesteps:
-    """Timesteps drawn as often as their share of the bound's noise asks: p_t ∝ sqrt(E[L_t²]), each loss divided by T p_t, so
-    that the mean stays what it is and its variance falls (Nichol & Dhariwal 2021, eq. 18). Made for the bound, see `vlb`.
+    """Importance sampling of timesteps: p_t ∝ sqrt(E[L_t²]).
 
-    Until each t has been drawn `history` times, all are as likely. train() calls it for the timesteps, asks for their `weights`, and tells
-    it what the losses were, to `remember`.
+    num_timesteps: T of the diffusion.
+    history: how many of the last losses of each timestep estimate E[L_t²]. Until every timestep
+        has this many, the distribution is uniform.
+
+    It reduces the variance of a loss whose terms differ much in size, such as
+    `GaussianDiffusion.vlb` (Nichol & Dhariwal 2021, eq. 18). In a training step:
+
+        t = timesteps(batch, T, generator)
+        losses = diffusion.vlb(network, x0, t)
+        loss = timesteps.reweight(t, losses).mean()
+
+    `train` calls `weights` and `update` instead, since it gathers the losses of all processes
+    before it updates the estimate.
     """
 
-    def __init__(self, steps: int, history: int = 10):
-        self.losses, self.history = torch.zeros(steps, history, dtype=torch.float64), history
-        self.counts = torch.zeros(steps, dtype=torch.int64)
+    def __init__(self, num_timesteps: int, history: int = 10):
+        self.history = history
+        self.losses = torch.zeros(num_timesteps, history, dtype=torch.float64)      # [T, history]
+        self.counts = torch.zeros(num_timesteps, dtype=torch.int64)                 # [T]
 
     def probabilities(self) -> torch.Tensor:
-        """p_t, float64 [T]; a thousandth of it is shared by all, so that none is forgotten."""
-        steps = len(self.losses)
+        """p_t, float64 [T]. Each is at least 0.001 / T, so every timestep can be drawn."""
+        num_timesteps = len(self.losses)
         if (self.counts < self.history).any():
-            return torch.full((steps,), 1 / steps, dtype=torch.float64)
-        size = self.losses.square().mean(dim=1).sqrt()
-        return 0.999 * size / size.sum() + 0.001 / steps
+            return torch.full((num_timesteps,), 1 / num_timesteps, dtype=torch.float64)
+        root_mean_square = self.losses.square().mean(dim=1).sqrt()
+        return 0.999 * root_mean_square / root_mean_square.sum() + 0.001 / num_timesteps
 
-    def __call__(self, batch: int, steps: int, generator: torch.Generator) -> torch.Tensor:
-        if steps != len(self.losses):
-            raise ValueError(f"these are timesteps of a schedule of {len(self.losses)}, not of {steps}")
-        return torch.multinomial(self.probabilities().to(generator.device), batch, replacement=True, generator=generator)
+    def __call__(
+        self, batch: int, num_timesteps: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Timesteps drawn from p_t, int64 [batch]. Raises ValueError for another T."""
+        if num_timesteps != len(self.losses):
+            raise ValueError(
+                f"this sampler of timesteps is for T = {len(self.losses)}, not of {num_timesteps}"
+            )
+        probabilities = self.probabilities().to(generator.device)
+        return torch.multinomial(probabilities, batch, replacement=True, generator=generator)
 
     def weights(self, t: torch.Tensor) -> torch.Tensor:
-        """1 / (T p_t) of timesteps t [B], float64 [B]."""
+        """The factors 1 / (T p_t) of the losses at timesteps t [B], float64 [B]."""
         return 1 / (len(self.losses) * self.probabilities()[t.cpu()])
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """The losses [B] at timesteps t [B], for the next draw."""
-        for step, loss in zip(t.tolist(), losses.detach().tolist()):
-            self.losses[step, self.counts[step] % self.history] = loss
-            self.counts[step] += 1
+        """Add the unweighted losses [B] at timesteps t [B] to the history."""
+        for timestep, loss in zip(t.tolist(), losses.detach().tolist()):
+            self.losses[timestep, self.counts[timestep] % self.history] = loss
+            self.counts[timestep] += 1
 
     def reweight(self, t: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-        """losses [B] at timesteps t [B], each divided by T p_t; they are remembered for the next draw."""
+        """Return losses [B] at timesteps t [B], each divided by T p_t, and update the history."""
         weights = self.weights(t)
         self.update(t, losses)
         return losses * weights.to(losses)
 
     def state_dict(self) -> dict:
+        """The history of the losses, for a checkpoint."""
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict) -> None:
-        self.losses, self.counts = state["losses"], state["counts"]
-
-
-def uniform_time(batch: int, steps: int, generator: torch.Generator, least: float = 1e-3) -> torch.Tensor:
-    """Training times, float [batch] in [least, 1), where the generator lives. `steps` is not used: time is continuous."""
-    return least + (1 - least) * torch.rand(batch, generator=generator, device=generator.device)
-
-
-def logit_normal_time(batch: int, steps: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
-    """Training times sigmoid(N(mean, deviation²)), float [batch]: most often in the middle, where the velocity is hardest to tell
-    (Esser et al., "Scaling Rectified Flow Transformers", 2024, section 3.1). `steps` is not used: time is continuous."""
-    return torch.sigmoid(mean + std * torch.randn(batch, generator=generator, device=generator.device))
+        """Restore the history of the losses from a checkpoint."""
+        self.losses = state["losses"]
+        self.counts = state["counts"]

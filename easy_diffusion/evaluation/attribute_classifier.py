@@ -1,4 +1,31 @@
-"""TODO."""
+"""A classifier that says what a drawn dish shows: its ingredients and its way of cooking.
+
+The classifier is a small convolutional network. It is trained on real images of dishes and on the
+attributes that their names state. Then it classifies samples:
+
+    exact match       the classifier finds all ingredients of the prompt, no others, and the way of
+                      cooking
+    prompt accuracy   the fraction of samples that are exact matches
+
+The prompt accuracy p of n samples has the standard error sqrt(p (1 - p) / n). It is meaningful only
+if the classifier itself is accurate. Therefore classify real images first that it was not trained
+on: at least 98% of them should be exact matches.
+
+`classifier_features` returns the features before the last layer. The distances of metrics.py
+compare samples with real images in this space. The file needs nothing but torch.
+
+>>> classifier = AttributeClassifier(ingredients=["番茄", "鸡蛋"], ways=["炒", "汤"])
+>>> images = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
+>>> [logits.shape for logits in classifier(images)]
+[torch.Size([3, 2]), torch.Size([3, 2])]
+>>> predictions = classifier.classify(images)
+>>> classifier.exact_matches(images, predictions)
+[True, True, True]
+>>> prompt_accuracy([True, False, True, True])
+0.75
+>>> classifier_features(classifier, images).shape
+torch.Size([3, 512])
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -6,77 +33,143 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+BATCH_SIZE = 256                        # images that are classified at once
+
 
 class AttributeClassifier(nn.Module):
-    """Pictures uint8 [B, 3, H, W] → logits of ingredients [B, I] and of ways [B, W]; height and width of 32 or more."""
+    """A convolutional network that classifies the ingredients and the way of cooking of a dish.
+
+    It maps images uint8 [B, 3, H, W] to logits of the ingredients [B, I], each present or not, and
+    of the ways [B, W], one of which is right. H and W are 32 or more.
+
+    ingredients, ways: the names to choose from, I and W of them.
+    width: channels of the first layer, a multiple of 8; each of the four levels has twice as many.
+    """
 
     def __init__(self, ingredients: Iterable[str], ways: Iterable[str], width: int = 32):
         super().__init__()
-        self.ingredients, self.ways = list(ingredients), list(ways)
-        layers, c = [], 3
-        for level in range(4):                                              # H → H/2 → H/4 → H/8 → H/16
-            out = width * 2 ** level
-            layers += [nn.Conv2d(c, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
-            layers += [nn.Conv2d(out, out, 3, padding=1), nn.GroupNorm(8, out), nn.SiLU()] if level else []
-            c = out
+        self.ingredients = list(ingredients)
+        self.ways = list(ways)
+        layers = []
+        in_channels = 3
+        for level in range(4):                                  # H → H/2 → H/4 → H/8 → H/16
+            channels = width * 2 ** level
+            layers += [nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)]
+            layers += [nn.GroupNorm(8, channels), nn.SiLU()]
+            if level:
+                layers += [nn.Conv2d(channels, channels, 3, padding=1)]
+                layers += [nn.GroupNorm(8, channels), nn.SiLU()]
+            in_channels = channels
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(2 * c, len(self.ingredients) + len(self.ways))
+        self.head = nn.Linear(2 * in_channels, len(self.ingredients) + len(self.ways))
 
-    def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """[B, 16 width]: mean and maximum over the picture of the last layer."""
-        h = self.body(pictures.float() / 127.5 - 1)                         # [B, C, H/16, W/16]
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the features of images uint8 [B, 3, H, W], float [B, 16 · width].
+
+        They are the mean and the maximum over the positions of the last convolutional layer.
+        """
+        h = self.body(images.float() / 127.5 - 1)                           # [B, C, H/16, W/16]
         return torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1)   # [B, 2C]
 
-    def forward(self, pictures):
-        return self.head(self.features(pictures)).split([len(self.ingredients), len(self.ways)], dim=1)
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.head(self.features(images))                           # [B, I + W]
+        return logits.split([len(self.ingredients), len(self.ways)], dim=1)
 
     @torch.no_grad()
-    def classify(self, pictures: torch.Tensor) -> list[tuple[frozenset[str], str]]:
-        """What it sees in each picture: (ingredients, way). An ingredient is seen where its probability is above 1/2."""
-        seen = []
-        for part in pictures.to(self.head.weight.device).split(256):
-            ingredients, ways = self.eval()(part)
-            for present, way in zip((ingredients > 0).tolist(), ways.argmax(dim=1).tolist()):
-                seen.append((frozenset(i for i, yes in zip(self.ingredients, present) if yes), self.ways[way]))
-        return seen
+    def classify(self, images: torch.Tensor) -> list[tuple[frozenset[str], str]]:
+        """Return (ingredients, way) of each image uint8 [B, 3, H, W].
 
-    def exact_matches(self, pictures: torch.Tensor, dishes) -> list[bool]:
-        """For each picture whether it reads just what the dish, an (ingredients, way), has."""
-        seen = self.classify(pictures)
-        if len(seen) != len(dishes):
-            raise ValueError(f"{len(seen)} pictures, but {len(dishes)} dishes")
-        return [ingredients == frozenset(dish[0]) and way == dish[1] for (ingredients, way), dish in zip(seen, dishes)]
+        An ingredient is returned if its probability is above 1/2. The module is set to eval mode.
+        """
+        self.eval()
+        predictions = []
+        for batch in images.to(self.head.weight.device).split(BATCH_SIZE):
+            ingredient_logits, way_logits = self(batch)
+            is_present = (ingredient_logits > 0).tolist()
+            way_indices = way_logits.argmax(dim=1).tolist()
+            for row, way_index in zip(is_present, way_indices):
+                ingredients = frozenset(
+                    name for name, present in zip(self.ingredients, row) if present
+                )
+                predictions.append((ingredients, self.ways[way_index]))
+        return predictions
+
+    def exact_matches(self, images: torch.Tensor, dishes) -> list[bool]:
+        """Return for each image whether it shows exactly what its dish has.
+
+        images: uint8 [B, 3, H, W].
+        dishes: B pairs (ingredients, way), such as those of `attributes` in datasets/dishes.py.
+
+        Raises ValueError if the numbers of images and dishes differ.
+        """
+        predictions = self.classify(images)
+        if len(predictions) != len(dishes):
+            raise ValueError(f"{len(predictions)} images, but {len(dishes)} dishes")
+        return [
+            ingredients == frozenset(dish[0]) and way == dish[1]
+            for (ingredients, way), dish in zip(predictions, dishes)
+        ]
 
 
-def prompt_accuracy(right: list[bool]) -> float:
-    """The share p that is right, in [0, 1]; of n pictures its standard error is sqrt(p (1 - p) / n). ValueError for none."""
-    if not right:
-        raise ValueError("of no pictures there is no share")
-    return sum(right) / len(right)
+def prompt_accuracy(matches: list[bool]) -> float:
+    """Return the fraction p of exact matches, 0 to 1.
 
+    Its standard error is sqrt(p (1 - p) / n) for n images. Raises ValueError for an empty list.
 
-def train_attribute_classifier(reader: AttributeClassifier, loader, attributes: Callable, steps: int = 2000, learning_rate: float = 2e-3,
-                 bf16: bool = False) -> Iterator[float]:
-    """Train on (pictures uint8 [B, 3, H, W], names) from the loader, again and again; yields each step's loss.
-
-    attributes(name) → (ingredients, way). The loss is the sum of the cross-entropies of each ingredient and of the way; the
-    pictures get a little noise and blur, so that a sample is not misread for its texture. bf16: half the time where the
-    machine computes in bfloat16.
+    matches: for each image whether it is an exact match, see `AttributeClassifier.exact_matches`.
     """
-    weight = reader.head.weight
-    optimizer = torch.optim.AdamW(reader.parameters(), learning_rate, weight_decay=0.02)
+    if not matches:
+        raise ValueError("the prompt accuracy of no images is undefined")
+    return sum(matches) / len(matches)
+
+
+def train_attribute_classifier(
+    classifier: AttributeClassifier,
+    loader,
+    attributes: Callable,
+    steps: int = 2000,
+    learning_rate: float = 2e-3,
+    bf16: bool = False,
+) -> Iterator[float]:
+    """Train a classifier and yield the loss of each step.
+
+    The loss is the sum of the binary cross-entropies of all ingredients and the cross-entropy of
+    the way of cooking. `augment` adds blur and noise to the images, so that a sample is not
+    misclassified because of its texture. AdamW trains with a one-cycle learning rate.
+
+    loader: (images uint8 [B, 3, H, W], names) batches; it is iterated over repeatedly.
+    attributes: name → (ingredients, way).
+    learning_rate: the peak rate.
+    bf16: compute in bfloat16, which halves the time on a device that supports it.
+
+    Raises ValueError if the loader yields no batch.
+    """
+    device = classifier.head.weight.device
+    optimizer = torch.optim.AdamW(classifier.parameters(), learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
     step = 0
     while step < steps:
-        first = step
-        for pictures, names in loader:
+        epoch_start = step
+        for images, names in loader:
+            # The targets: which ingredients are present, and the index of the way of cooking.
             dishes = [attributes(name) for name in names]
-            present = torch.tensor([[float(i in dish[0]) for i in reader.ingredients] for dish in dishes])
-            way = torch.tensor([reader.ways.index(dish[1]) for dish in dishes])
-            with torch.autocast(weight.device.type, torch.bfloat16, enabled=bf16):
-                ingredients, ways = reader.train()(augment(pictures.to(weight.device)))
-            loss = F.binary_cross_entropy_with_logits(ingredients.float(), present.to(weight), reduction="none").sum(dim=1).mean()
-            loss = loss + F.cross_entropy(ways.float(), way.to(weight.device))
+            is_present = torch.tensor([
+                [float(ingredient in dish[0]) for ingredient in classifier.ingredients]
+                for dish in dishes
+            ])                                                              # [B, I]
+            way_indices = torch.tensor([classifier.ways.index(dish[1]) for dish in dishes])
+
+            # The loss.
+            classifier.train()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                ingredient_logits, way_logits = classifier(augment(images.to(device)))
+            ingredient_losses = F.binary_cross_entropy_with_logits(
+                ingredient_logits.float(), is_present.to(device), reduction="none"
+            )                                                               # [B, I]
+            way_loss = F.cross_entropy(way_logits.float(), way_indices.to(device))
+            loss = ingredient_losses.sum(dim=1).mean() + way_loss
+
+            # The optimizer step.
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -85,21 +178,30 @@ def train_attribute_classifier(reader: AttributeClassifier, loader, attributes: 
             step += 1
             if step == steps:
                 return
-        if step == first:
-            raise ValueError("the loader gives no batch; it must give them again and again")
+        if step == epoch_start:
+            raise ValueError("the loader yields no batch")
 
 
-def augment(pictures: torch.Tensor) -> torch.Tensor:
-    """Half of the pictures softened by a 3×3 mean, all with noise of a deviation of up to 10 grey levels; [B, 3, H, W], float, 0 … 255."""
-    pictures = pictures.float()
-    soft = F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
-    amount = torch.rand(len(pictures), 1, 1, 1, device=pictures.device)
-    pictures = torch.where(amount < 0.5, pictures, soft)
-    return pictures + torch.randn_like(pictures) * 20 * (amount - 0.5).abs()
+def augment(images: torch.Tensor) -> torch.Tensor:
+    """Blur half of the images and add noise to all; float, values around 0 … 255.
+
+    The blur is a 3×3 mean. The noise is Gaussian with a standard deviation of up to 10 grey levels,
+    drawn for each image.
+
+    images: [B, 3, H, W] with values 0 … 255.
+    """
+    images = images.float()
+    blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    u = torch.rand(len(images), 1, 1, 1, device=images.device)              # uniform in [0, 1)
+    images = torch.where(u < 0.5, images, blurred)
+    std = 20 * (u - 0.5).abs()
+    return images + torch.randn_like(images) * std
 
 
-def classifier_features(reader: AttributeClassifier, pictures: torch.Tensor) -> torch.Tensor:
-    """What the reader knows of pictures uint8 [N, 3, H, W] before it names anything: float64 [N, 16 width]."""
+def classifier_features(classifier: AttributeClassifier, images: torch.Tensor) -> torch.Tensor:
+    """Return the features of images uint8 [N, 3, H, W], float64 [N, 16 · width], on the CPU."""
+    device = classifier.head.weight.device
+    classifier.eval()
     with torch.no_grad():
-        parts = [reader.eval().features(part.to(reader.head.weight.device)) for part in pictures.split(256)]
-    return torch.cat(parts).double().cpu()
+        features = [classifier.features(batch.to(device)) for batch in images.split(BATCH_SIZE)]
+    return torch.cat(features).double().cpu()

@@ -1,72 +1,140 @@
-"""TODO."""
+"""Blending: place an inpainted region into an image without a seam.
+
+A model that inpaints an image x returns a whole image y. Outside the mask, y differs a little from
+x, because an autoencoder's decoder shifts or flattens colours. The same errors inside the mask add
+up when an animation inpaints one region after another. They are measured on the known pixels near
+the mask, and corrected inside it:
+
+    corrected = gain · (y - mean(y)) + mean(x)      gain = cov(x, y) / var(y), limited to 1 … 1.1
+    result    = corrected + w · box(x - corrected)  inside the mask
+    result    = x                                   outside the mask
+
+The first line is a linear colour transfer, similar to Reinhard et al., "Color Transfer between
+Images", 2001; mean, cov and var are those of each colour channel over the known pixels near the
+mask. In the second line, box(·) is the mean over the known pixels in a square around a pixel. The
+weight w is 1 at the edge of the mask and falls to 0 inside it.
+
+The file also has what every inpainter needs before it calls its model: `check_mask`,
+`fill_from_neighbours` and `pad_to_multiple`. It needs torch and numpy.
+
+>>> image = np.full((20, 20, 3), 100, np.uint8)
+>>> mask = np.zeros((20, 20), bool)
+>>> mask[:, 10:] = True
+>>> inpainted = np.full((20, 20, 3), 97.0)              # the decoder is 3 levels too dark
+>>> result = blend(inpainted, image, mask)
+>>> int(result.min()), int(result.max())
+(100, 100)
+"""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 
-def check_mask(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The mask bool [H, W], if it is one for this picture uint8 [H, W, 3]; else ValueError."""
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise ValueError(f"a picture is uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
-    if mask.dtype != np.bool_ or mask.shape != picture.shape[:2]:
-        raise ValueError(f"for a picture {list(picture.shape)} a mask is bool {list(picture.shape[:2])}, True = repaint; not {mask.dtype} "
-                         f"{list(mask.shape)}")
+def check_mask(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the mask if it is bool [H, W] for an image uint8 [H, W, 3]; else raise ValueError."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+    if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
+        raise ValueError(
+            f"for an image {list(image.shape)} the mask must be bool {list(image.shape[:2])}, "
+            f"True = inpaint; not {mask.dtype} {list(mask.shape)}"
+        )
     return mask
 
 
-def fill_from_neighbours(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A picture uint8 [H, W, C] whose masked pixels have grown in from their known neighbours, ring by ring; all grey if none is known."""
-    values, unknown = np.where(mask[..., None], 127, picture).astype(np.float32), mask.copy()
+def fill_from_neighbours(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Fill the masked pixels of an image uint8 [H, W, C] with colours from the known pixels.
+
+    In each round, masked pixels next to known ones become the mean of their known neighbours (of
+    8), and count as known from then on. If no pixel is known, all become grey, 127.
+    """
+    h, w = mask.shape
+    values = np.where(mask[..., None], 127, image).astype(np.float32)       # [H, W, C]
+    unknown = mask.copy()
+    shifts = [(slice(y, y + h), slice(x, x + w)) for y in range(3) for x in range(3)]
     while unknown.any() and not unknown.all():
-        known = np.pad((~unknown).astype(np.float32), 1)                    # [H + 2, W + 2]
-        colours = np.pad(values * (~unknown)[..., None], ((1, 1), (1, 1), (0, 0)))
-        shifts = [(slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])) for y in range(3) for x in range(3)]
-        count, total = sum(known[s] for s in shifts), sum(colours[s] for s in shifts)
-        grown = unknown & (count > 0)
-        values[grown] = total[grown] / count[grown][:, None]
-        unknown &= ~grown
+        known = (~unknown).astype(np.float32)
+        padded_known = np.pad(known, 1)                                     # [H + 2, W + 2]
+        padded_values = np.pad(values * (~unknown)[..., None], ((1, 1), (1, 1), (0, 0)))
+        count = sum(padded_known[shift] for shift in shifts)                # [H, W]
+        total = sum(padded_values[shift] for shift in shifts)               # [H, W, C]
+        fillable = unknown & (count > 0)
+        values[fillable] = total[fillable] / count[fillable][:, None]
+        unknown &= ~fillable
     return values.round().astype(np.uint8)
 
 
-def pad_to_multiple(picture: np.ndarray, mask: np.ndarray, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Picture and mask with columns on the right and rows below, to be repainted, until their sides are multiples of this."""
-    more = [(0, -side % multiple) for side in mask.shape]
-    return np.pad(picture, [*more, (0, 0)], mode="edge"), np.pad(mask, more, constant_values=True)
+def pad_to_multiple(
+    image: np.ndarray, mask: np.ndarray, multiple: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pad image and mask on the right and below until height and width are multiples of `multiple`.
+
+    The added pixels repeat the edge of the image, and are True in the mask.
+    """
+    padding = [(0, -side % multiple) for side in mask.shape]
+    padded_image = np.pad(image, [*padding, (0, 0)], mode="edge")
+    padded_mask = np.pad(mask, padding, constant_values=True)
+    return padded_image, padded_mask
 
 
 def to_pixel_values(x: torch.Tensor) -> np.ndarray:
-    """A picture [1, 3, H, W] in [-1, 1] → floats [H, W, 3] in 0 … 255, not rounded."""
-    return (x[0].float().clamp(-1, 1).permute(1, 2, 0).cpu().numpy() + 1) * 127.5
+    """Convert one image [1, 3, H, W] in [-1, 1] to float32 [H, W, 3] in 0 … 255, not rounded."""
+    x = x[0].float().clamp(-1, 1)
+    return (x.permute(1, 2, 0).cpu().numpy() + 1) * 127.5
 
 
-def blend(painted: np.ndarray, picture: np.ndarray, mask: np.ndarray, width: int = 8) -> np.ndarray:
-    """A picture [H, W, 3] in 0 … 255 that was painted whole, set into the mask of another, uint8, without a seam; outside the mask that one
-    stays to the byte.
+def blend(
+    inpainted: np.ndarray, image: np.ndarray, mask: np.ndarray, width: int = 8
+) -> np.ndarray:
+    """Place the masked region of `inpainted` into `image`, with corrected colours and no seam.
 
-    A decoder does not give back what it was given: it shifts colours a little, or flattens them, and that adds up from repaint to repaint.
-    What it did is seen beside the mask, on the known pixels near it: there the picture is gain · painted + shift + rest. Gain (at least 1,
-    at most 1.1; for each colour, the slope of the best straight line) and shift are made good everywhere, the rest, as its mean near each
-    place, up to `width` pixels into the mask, less and less of it.
+    inpainted: float or uint8 [H, W, 3] in 0 … 255, the model's output for the whole image.
+    image: uint8 [H, W, 3]; its pixels outside the mask are returned unchanged.
+    mask: bool [H, W], True = take the pixel from `inpainted`.
+    width: how far the correction at the edge of the mask extends into it, in pixels.
+
+    Returns uint8 [H, W, 3]. Raises ValueError if the shapes do not fit.
     """
-    check_mask(picture, mask)
-    if painted.shape != picture.shape:
-        raise ValueError(f"what was painted is of the picture's shape {list(picture.shape)}, not {list(painted.shape)}")
-    painted = painted.astype(np.float32)
-    if mask.all() or not mask.any():
-        return painted.clip(0, 255).round().astype(np.uint8) if mask.all() else picture.copy()
+    check_mask(image, mask)
+    if inpainted.shape != image.shape:
+        raise ValueError(
+            f"inpainted must have the image's shape {list(image.shape)}, "
+            f"not {list(inpainted.shape)}"
+        )
+    inpainted = inpainted.astype(np.float32)
+    if mask.all():
+        return inpainted.clip(0, 255).round().astype(np.uint8)
+    if not mask.any():
+        return image.copy()
+
+    # Linear colour transfer, fitted to the known pixels near the mask. A gain below 1 would flatten
+    # the texture, and a large gain would amplify noise.
     known = torch.from_numpy(~mask).float()[None]                           # [1, H, W]
+    near = (known > 0) & (_box_mean(known, 2 * width) < 1)
+    near = near[0].numpy()                                                  # [H, W]
+    x = image[near].astype(np.float64)                                      # [N, 3]
+    y = inpainted[near].astype(np.float64)                                  # [N, 3]
+    x_mean = x.mean(axis=0)
+    y_mean = y.mean(axis=0)
+    covariance = ((y - y_mean) * (x - x_mean)).sum(axis=0)
+    variance = ((y - y_mean) ** 2).sum(axis=0)
+    gain = (covariance / variance.clip(1e-6)).clip(1, 1.1)                  # [3]
+    corrected = (inpainted - y_mean) * gain + x_mean                        # [H, W, 3]
 
-    def around(x, pixels):                                                  # the mean over the square of so many pixels to each side
-        return F.avg_pool2d(x, 2 * pixels + 1, stride=1, padding=pixels, count_include_pad=False)
+    # The remaining difference at the edge of the mask, faded out over `width` pixels.
+    residual = np.where(mask[..., None], 0, image - corrected)
+    residual = torch.from_numpy(residual).float().permute(2, 0, 1)          # [3, H, W]
+    fraction = _box_mean(known, width)              # of known pixels: 1/2 at a straight edge
+    local_mean = _box_mean(residual, width) / fraction.clamp(min=1e-6)
+    weight = (2 * fraction).clamp(max=1)
+    offset = (local_mean * weight).permute(1, 2, 0).numpy()                 # [H, W, 3]
 
-    near = ((known > 0) & (around(known, 2 * width) < 1))[0].numpy()
-    truth, seen = picture[near].astype(np.float64), painted[near].astype(np.float64)                        # [N, 3]
-    spread = seen - seen.mean(axis=0)
-    gain = ((spread * (truth - truth.mean(axis=0))).sum(axis=0) / (spread ** 2).sum(axis=0).clip(1e-6)).clip(1, 1.1)
-    painted = (painted - seen.mean(axis=0)) * gain + truth.mean(axis=0)
-    rest = torch.from_numpy(np.where(mask[..., None], 0, picture - painted)).float().permute(2, 0, 1)       # [3, H, W]
-    share = around(known, width)                                            # half at a straight rim, 0 farther in than `width`
-    local = around(rest, width) / share.clamp(min=1e-6) * (2 * share).clamp(max=1)
-    whole = (painted + local.permute(1, 2, 0).numpy()).clip(0, 255).round().astype(np.uint8)
-    return np.where(mask[..., None], whole, picture)
+    result = (corrected + offset).clip(0, 255).round().astype(np.uint8)
+    return np.where(mask[..., None], result, image)
+
+
+def _box_mean(x: torch.Tensor, radius: int) -> torch.Tensor:
+    """The mean of x [C, H, W] over the square of 2 · radius + 1 pixels around each pixel."""
+    size = 2 * radius + 1
+    return F.avg_pool2d(x, size, stride=1, padding=radius, count_include_pad=False)

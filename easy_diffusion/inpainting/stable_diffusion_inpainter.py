@@ -1,30 +1,42 @@
-"""Repainting a part of a picture with Stable Diffusion's inpainting model: by diffusers' pipeline, and by our own networks.
+"""Stable Diffusion's inpainting model: with diffusers' pipeline, and with our own networks.
 
-RePaint (inpaint.py) pastes what is known into every step of a model that knows of no mask. This model was trained with one: its UNet
-reads nine channels, the noisy latent, the mask m (1 = repaint) and the latent of the picture without what is hidden,
+RePaint (repaint.py) inpaints with a model that was trained on whole images. Stable Diffusion's
+inpainting model was trained with masks. Its UNet has nine input channels: the noisy latent z_t, the
+mask m (1 = inpaint), and the latent of the image x without the masked pixels,
 
-    input = [z_t, m, E((1 - m) x)]        4 + 1 + 4 channels, at each step;  z_t goes down by DDIM or DPM-Solver++ as ever
+    input = [z_t, m, E((1 - m) x)]                      4 + 1 + 4 channels, in every step
 
-so one walk down is enough (Rombach et al., "Latent Diffusion", 2022, section 4.5). A painter is a function (picture uint8 [H, W, 3],
-mask bool [H, W], True = repaint) → picture, and the pixels outside the mask come back to the byte. Two things stand between it and
-the model, and both painters share them:
+so that one sampling loop of DDIM or DPM-Solver++ suffices (Rombach et al., "High-Resolution Image
+Synthesis with Latent Diffusion Models", 2022, section 4.5). There are two ways to run it:
 
-    size      the model learned at 512×512: the picture is scaled to as many pixels, its painted part back, and the hidden part is
-              rounded up to the squares of f×f pixels that a latent stands for, else it would keep latents of the grey under the mask
-    colour    D(E(x)) has slightly other colours than x; `inpaint.blended` takes off what it can measure beside the mask
+    make_stable_diffusion_inpainter     diffusers' inpainting pipeline
+    make_inpainter_from_networks        a UNet and an Autoencoder of networks/; the same result
 
-The file needs torch, numpy, Pillow and safetensors and, beside it, inpaint.py, samplers.py, schedule.py, diffusion.py,
-stable_diffusion.py and checkpoint.py; `stable_diffusion_painter` also diffusers and transformers; its example also unet.py, autoencoder.py
-and blocks.py.
+Both return an inpainter: a function (image uint8 [H, W, 3], mask bool [H, W], True = inpaint) →
+image, which returns the pixels outside the mask unchanged. They share two adjustments:
 
->>> from .autoencoder import Autoencoder
->>> from .unet import UNet
->>> network, autoencoder = UNet(9, 4, (32, 64), context_dim=16), Autoencoder((32, 32), scale=0.18215)
->>> paint = our_inpainting_painter(network, autoencoder, torch.randn(1, 5, 16), torch.zeros(1, 5, 16), size=32, steps=2)
->>> picture, mask = np.full((20, 37, 3), 200, np.uint8), np.zeros((20, 37), bool)
+- Size. The model was trained on 512×512 pixels. The image is resized to about as many pixels, and
+  the inpainted region is resized back. The mask is enlarged to whole squares of f×f pixels, one per
+  latent; otherwise the model would keep latents at its edge that encode masked, grey pixels.
+- Colour. D(E(x)) differs slightly from x; `blend` corrects the difference (blending.py).
+
+The file needs torch, numpy, Pillow and safetensors, blending.py beside it, and diffusion/,
+networks/ and files.py. `make_stable_diffusion_inpainter` also needs diffusers and transformers.
+
+>>> from ..networks.autoencoder import Autoencoder
+>>> from ..networks.unet import UNet
+>>> network = UNet(9, 4, (32, 64), context_dim=16)
+>>> autoencoder = Autoencoder((32, 32), scale=0.18215)
+>>> context = torch.randn(1, 5, 16)
+>>> uncond_context = torch.zeros(1, 5, 16)
+>>> inpaint = make_inpainter_from_networks(
+...     network, autoencoder, context, uncond_context, size=32, steps=2
+... )
+>>> image = np.full((20, 37, 3), 200, np.uint8)
+>>> mask = np.zeros((20, 37), bool)
 >>> mask[:, 30:] = True
->>> painted = paint(picture, mask)
->>> painted.shape, bool((painted[~mask] == 200).all())
+>>> result = inpaint(image, mask)
+>>> result.shape, bool((result[~mask] == 200).all())
 ((20, 37, 3), True)
 """
 
@@ -49,76 +61,149 @@ from .blending import blend, check_mask, to_pixel_values
 SAMPLERS = {"ddim": ddim, "dpm_solver": dpm_solver}
 Inpainter = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-# ---------------------------------------------------------------- by diffusers' pipeline
+# ---------------------------------------------------------------- with diffusers' pipeline
 
 
-def make_stable_diffusion_inpainter(path, prompt: str, negative: str = "", size: int = 512, steps: int = 50, guidance: float = 7.5,
-                             strength: float = 1.0, sampler: str = "ddim", config=None, device=None, dtype=None, offload: bool = False,
-                             generator=None, progress: Callable = iter) -> Inpainter:
-    """A painter by diffusers' StableDiffusionInpaintPipeline.
+def make_stable_diffusion_inpainter(
+    path,
+    prompt: str,
+    negative_prompt: str = "",
+    size: int = 512,
+    steps: int = 50,
+    guidance: float = 7.5,
+    strength: float = 1.0,
+    sampler: str = "ddim",
+    config=None,
+    device=None,
+    dtype=None,
+    offload: bool = False,
+    generator=None,
+    progress: Callable = iter,
+) -> Inpainter:
+    """Make an inpainter that runs diffusers' StableDiffusionInpaintPipeline.
 
-    path, config, device, dtype, offload: as for `load_pipeline`; or path is what that returned, for several prompts with one model.
-    size: the model works on size² pixels, whatever the picture's shape; it is a multiple of 64 for Stable Diffusion. guidance: 1 is none.
-    strength: 1 begins from noise alone; with less, the first steps are left out and it begins from what the picture shows under the
-    mask. sampler: "ddim" or "dpm_solver", which needs fewer steps.
-    watch wraps each walk's Steps, of latents, and hands them on one by one, as tqdm does; x0 is None, because diffusers does not tell it.
-    generator: from the same state the painter below paints the same.
-    Raises ValueError for other numbers, and the painter does for a picture or a mask of another form.
+    path: of the weights, as for `load_pipeline`; or a pipeline that `load_pipeline` returned, to
+        use one model with several prompts.
+    size: the model works on about size² pixels in the aspect ratio of the image; a multiple of 64
+        for Stable Diffusion.
+    steps: sampling steps.
+    guidance: scale of classifier-free guidance; 1 means no guidance.
+    strength: fraction of the steps that are run, above 0 and at most 1. 1 starts from noise alone;
+        less starts from the image, including its masked pixels, with noise added.
+    sampler: "ddim" or "dpm_solver", which needs fewer steps.
+    config, device, dtype, offload: see `load_pipeline`.
+    generator: torch.Generator of the noise. From the same state, `make_inpainter_from_networks`
+        gives the same result.
+    progress: wraps the sampling loop's Steps, for example tqdm, and must pass them on one by one.
+        Their x is the latent; their x0 is None, because the pipeline does not return it.
+
+    Raises ValueError for arguments out of range. The inpainter raises ValueError for an image or
+    mask of the wrong shape or dtype.
     """
     _check_options(steps, guidance, strength, sampler)
-    pipe = load_pipeline(path, config, device, dtype, offload) if isinstance(path, (str, Path)) else path
+    if isinstance(path, (str, Path)):
+        pipe = load_pipeline(path, config, device, dtype, offload)
+    else:
+        pipe = path
+
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-    kind, own = {
-        "ddim": (DDIMScheduler, dict(set_alpha_to_one=True, clip_sample=False)),
-        "dpm_solver": (DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=False)),
+
+    # The pipeline's own betas, with the samplers and the timestep spacing of diffusion/samplers.py.
+    scheduler_class, options = {
+        "ddim": (
+            DDIMScheduler,
+            dict(set_alpha_to_one=True, clip_sample=False),
+        ),
+        "dpm_solver": (
+            DPMSolverMultistepScheduler,
+            dict(algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=False),
+        ),
     }[sampler]
-    scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing", **own)            # its betas, our way of walking
+    scheduler = scheduler_class.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", **options
+    )
 
-    def repainted(picture, hidden):
-        new = []
+    def inpaint_resized(image, mask):
+        # The pipeline calls a function after each step, but `progress` wraps an iterable. So each
+        # call makes its Step available to the iterable, and takes it out through `progress`.
+        available = []
 
-        def news():
-            while new:
-                yield new.pop()
+        def available_steps():
+            while available:
+                yield available.pop()
 
-        walk = iter(progress(news()))
+        observed_steps = iter(progress(available_steps()))
 
-        def after_a_step(_, index, t, tensors):                             # the pipeline calls, watch wants to be asked: one step each
-            new.append(Step(index, int(t), tensors["latents"], None))
-            next(walk, None)
+        def report_step(_, index, t, tensors):
+            available.append(Step(index, int(t), tensors["latents"], None))
+            next(observed_steps, None)
             return tensors
 
         pipe.scheduler = scheduler
-        image, white = Image.fromarray(picture), Image.fromarray(hidden.astype(np.uint8) * 255)
-        painted = pipe(prompt=prompt, negative_prompt=negative, image=image, mask_image=white, height=image.height, width=image.width,
-                       strength=strength, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="np",
-                       callback_on_step_end=after_a_step).images[0]
-        next(walk, None)                                                    # there is no more: progress bars close
-        return painted * 255
+        height, width = mask.shape
+        output = pipe(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            image=Image.fromarray(image),
+            mask_image=Image.fromarray(mask.astype(np.uint8) * 255),
+            height=height,
+            width=width,
+            strength=strength,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generator,
+            output_type="np",
+            callback_on_step_end=report_step,
+        )
+        next(observed_steps, None)      # the end of the iterable closes a progress bar
+        return output.images[0] * 255
 
-    halvings = len(pipe.unet.config.block_out_channels) - 1
-    return _make_resizing_inpainter(repainted, size, pipe.vae_scale_factor, halvings)
+    downsamplings = len(pipe.unet.config.block_out_channels) - 1
+    return _make_resizing_inpainter(inpaint_resized, size, pipe.vae_scale_factor, downsamplings)
 
 
 def load_pipeline(path, config=None, device=None, dtype=None, offload: bool = False):
-    """diffusers' StableDiffusionInpaintPipeline from a folder of safetensors, or from one `.safetensors` file of the original. Nothing is
-    downloaded and nothing unpickled; there is no safety checker.
+    """Load diffusers' StableDiffusionInpaintPipeline from disk, without the safety checker.
 
-    config: for a file, which holds weights alone, a folder with the rest: the JSON files and the tokenizer of the same model.
-    device: default the GPU, if there is one. dtype: default float16 on a GPU, float32 on a CPU. offload: of the pipeline's networks only
-    the one at work is on the GPU, which needs less of its memory and more time; on a CPU it changes nothing.
-    Raises FileNotFoundError, naming all that is missing; ValueError for pickles, naming the way out.
+    Nothing is downloaded, and no pickle is opened.
+
+    path: a folder in diffusers' layout with safetensors, or one `.safetensors` file in the layout
+        of the original Stable Diffusion.
+    config: for a single file, which holds only weights: a folder with the JSON files and the
+        tokenizer of the same model.
+    device: default the GPU if there is one, else the CPU.
+    dtype: default float16 on a GPU, float32 on a CPU.
+    offload: keep only the network that is running on the GPU. It needs less GPU memory and more
+        time, and has no effect on a CPU.
+
+    Raises FileNotFoundError with a list of what is missing, and ValueError for pickles.
     """
-    path, device = Path(path), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = Path(path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     _check_files(path, config)
+
     from diffusers import StableDiffusionInpaintPipeline
-    same = dict(dtype=dtype, local_files_only=True, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+    options = dict(
+        dtype=dtype,
+        local_files_only=True,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     if path.is_dir():
-        variant = None if _find_weights(path / "unet", ".safetensors", but=".fp16.") else "fp16"
-        pipe = StableDiffusionInpaintPipeline.from_pretrained(path, use_safetensors=True, variant=variant, **same)
+        has_full_precision = _find_weights(path / "unet", ".safetensors", exclude=".fp16.")
+        pipe = StableDiffusionInpaintPipeline.from_pretrained(
+            path,
+            use_safetensors=True,
+            variant=None if has_full_precision else "fp16",
+            **options,
+        )
     else:
-        pipe = StableDiffusionInpaintPipeline.from_single_file(str(path), config=str(config), **same)
+        pipe = StableDiffusionInpaintPipeline.from_single_file(
+            str(path), config=str(config), **options
+        )
     pipe.set_progress_bar_config(disable=True)
     if offload and device.type != "cpu":
         pipe.enable_model_cpu_offload(device=device)
@@ -127,160 +212,295 @@ def load_pipeline(path, config=None, device=None, dtype=None, offload: bool = Fa
 
 
 def convert_to_safetensors(path, to=None) -> Path:
-    """Write the weights of a `.ckpt` as one `.safetensors` file, or those of a folder of `.bin` beside each of them, and return where.
+    """Convert pickled Stable Diffusion weights to safetensors; no code of the pickles is run.
 
-    Both are pickles: they are read without calling anything that they name (stable_diffusion.py). to: default the file's own name with
-    the other ending. Raises FileNotFoundError, or ValueError for a damaged file or one without UNet, autoencoder and text encoder.
+    path: a `.ckpt` file, which becomes one `.safetensors` file; or a folder in diffusers' layout,
+        where each `.bin` file gets a `.safetensors` file beside it.
+    to: output file for a `.ckpt`, by default the same name with the ending `.safetensors`.
+
+    Returns the path of the file or folder. Raises FileNotFoundError, or ValueError for a damaged
+    file or one without UNet, autoencoder or text encoder.
     """
-    path, state = Path(path), {}
+    path = Path(path)
+    state_dict = {}
     for part, (folder, prefix) in PARTS.items():
-        tensors = {name: tensor.contiguous() for name, tensor in read_stable_diffusion(path, part).items()}
+        tensors = {
+            name: tensor.contiguous()
+            for name, tensor in read_stable_diffusion(path, part).items()
+        }
         if path.is_dir():
-            file = "model.safetensors" if part == "text encoder" else "diffusion_pytorch_model.safetensors"
+            if part == "text encoder":
+                file = "model.safetensors"
+            else:
+                file = "diffusion_pytorch_model.safetensors"
             _save_safetensors(tensors, path / folder / file)
-        state |= {prefix + name: tensor for name, tensor in tensors.items()}
+        state_dict |= {prefix + name: tensor for name, tensor in tensors.items()}
     if path.is_dir():
         return path
     to = Path(to or path.with_suffix(".safetensors"))
-    _save_safetensors(state, to)
+    _save_safetensors(state_dict, to)
     return to
 
 
 def _save_safetensors(tensors, path):
-    with atomic_path(path) as beside:
-        save_file(tensors, beside, {"format": "pt"})
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
 
 
 def _check_files(path, config):
-    """Before diffusers looks for anything: it would ask the hub, open a pickle, or speak of something else."""
+    """Raise an error that names what is missing or pickled.
+
+    Without this check diffusers would try to download missing files, or open the pickles.
+    """
     if not path.exists():
-        raise FileNotFoundError(f"no Stable Diffusion at {path}: give a folder as diffusers saves it, or a .safetensors file")
+        raise FileNotFoundError(
+            f"no Stable Diffusion at {path}: give a folder in diffusers' layout, "
+            "or a .safetensors file"
+        )
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is a pickle, whose opening may run any code: write it once as safetensors, by "
-                             f"sd_painter.to_safetensors({str(path)!r}), which runs none")
+            raise ValueError(
+                f"{path} is a pickle, which can run code when it is opened: convert it once with "
+                f"stable_diffusion_inpainter.convert_to_safetensors({str(path)!r}), "
+                "which runs none of it"
+            )
         if config is None or not Path(config).is_dir():
-            raise FileNotFoundError(f"{path} holds weights alone, and config={config!r} is no folder: give config=FOLDER, with the JSON "
-                                    "files and the tokenizer of the same model (its folder at diffusers' without the weights)")
-    folder, parts = (path, ("unet", "vae", "text_encoder")) if path.is_dir() else (Path(config), ())
-    wanted = ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"]
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    missing += ["tokenizer/"] if not (folder / "tokenizer").is_dir() else []
-    pickles = [part for part in parts if not _find_weights(folder / part, ".safetensors") and _find_weights(folder / part, ".bin")]
-    missing += [f"{part}/*.safetensors" for part in parts if not _find_weights(folder / part, ".safetensors") and part not in pickles]
+            raise FileNotFoundError(
+                f"{path} holds only weights, and config={config!r} is not a folder: "
+                "give config=FOLDER with the JSON files and the tokenizer of the same model "
+                "(a folder in diffusers' layout without the weights)"
+            )
+
+    # A single file holds all weights; a folder must have those of each part.
+    if path.is_dir():
+        folder = path
+        parts = ("unet", "vae", "text_encoder")
+    else:
+        folder = Path(config)
+        parts = ()
+    required = [
+        "model_index.json",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+    ]
+    missing = [name for name in required if not (folder / name).is_file()]
+    if not (folder / "tokenizer").is_dir():
+        missing.append("tokenizer/")
+    pickled = []
+    for part in parts:
+        if _find_weights(folder / part, ".safetensors"):
+            continue
+        if _find_weights(folder / part, ".bin"):
+            pickled.append(part)
+        else:
+            missing.append(f"{part}/*.safetensors")
     if missing:
-        raise FileNotFoundError(f"{folder} is no whole folder of Stable Diffusion: it lacks {', '.join(missing)}")
-    if pickles:
-        raise ValueError(f"the weights of {', '.join(pickles)} in {folder} are pickles, whose opening may run any code: write them once "
-                         f"as safetensors, by sd_painter.to_safetensors({str(folder)!r}), which runs none")
+        raise FileNotFoundError(
+            f"{folder} is not a complete Stable Diffusion: it lacks {', '.join(missing)}"
+        )
+    if pickled:
+        raise ValueError(
+            f"the weights of {', '.join(pickled)} in {folder} are pickles, which can run code when "
+            "they are opened: convert them once with "
+            f"stable_diffusion_inpainter.convert_to_safetensors({str(folder)!r}), "
+            "which runs none of it"
+        )
 
 
-def _find_weights(folder, ending, but=None):
-    """The weights in a folder that end so."""
-    return [file for file in folder.glob(f"*{ending}") if but is None or but not in file.name]
+def _find_weights(folder, ending, exclude=None):
+    """The files in a folder with this ending, without those that have `exclude` in their name."""
+    return [
+        file
+        for file in folder.glob(f"*{ending}")
+        if exclude is None or exclude not in file.name
+    ]
 
 
-# ---------------------------------------------------------------- by our own networks
+# ---------------------------------------------------------------- with our own networks
 
 
-def make_inpainter_from_networks(network, autoencoder, states: torch.Tensor, nothing: torch.Tensor, size: int = 512, steps: int = 50,
-                           guidance: float = 7.5, strength: float = 1.0, sampler: str = "ddim", diffusion=None, generator=None,
-                           progress: Callable = iter) -> Inpainter:
-    """The same by a UNet and an Autoencoder of ours, such as `UNet.stable_diffusion_15(9)` and `Autoencoder.stable_diffusion()`, which
-    load its weights; it works where they are, in their precision, while the sampler keeps its float32.
+def make_inpainter_from_networks(
+    network,
+    autoencoder,
+    context: torch.Tensor,
+    uncond_context: torch.Tensor,
+    size: int = 512,
+    steps: int = 50,
+    guidance: float = 7.5,
+    strength: float = 1.0,
+    sampler: str = "ddim",
+    diffusion=None,
+    generator=None,
+    progress: Callable = iter,
+) -> Inpainter:
+    """Make an inpainter from a UNet and an Autoencoder of networks/.
 
-    states, nothing [1, L, D]: the text encoder's of the prompt and of the empty or negative one; Stable Diffusion's are [1, 77, 768], by
-    transformers' CLIPTextModel (`load_pipeline(path).encode_prompt(prompt, device, 1, True, negative)` gives both).
-    diffusion: of the network, default Stable Diffusion 1's, `GaussianDiffusion(NoiseSchedule.scaled_linear(1000), prediction_type="eps")`.
-    watch wraps each walk's Steps, of latents. All else as for `stable_diffusion_painter`, with whose weights it paints the same
-    (by DDIM if steps divides 1000: of other numbers diffusers rounds where a step begins, but not where it ends).
+    network: UNet with nine input channels, such as `UNet.stable_diffusion_15(9)` with its weights
+        loaded. It runs on the device and in the dtype of its weights; the sampler computes in
+        float32.
+    autoencoder: such as `Autoencoder.stable_diffusion()`, on the same device.
+    context: [1, L, D], token embeddings of the prompt; [1, 77, 768] for Stable Diffusion.
+    uncond_context: [1, L, D], token embeddings of the empty or negative prompt. Both are returned
+        by `load_pipeline(path).encode_prompt(prompt, device, 1, True, negative_prompt)`.
+    diffusion: default Stable Diffusion 1's,
+        `GaussianDiffusion(NoiseSchedule.scaled_linear(1000), prediction_type="eps")`.
+    progress: wraps the sampling loop's Steps, for example tqdm. Their x is the latent.
+
+    size, steps, guidance, strength, sampler, generator and errors: see
+    `make_stable_diffusion_inpainter`. With the same weights, both give the same result. For DDIM
+    this needs a number of steps that divides 1000; for others, diffusers rounds the timestep at
+    which a step begins, but not that at which it ends.
     """
     _check_options(steps, guidance, strength, sampler)
     latent_channels = autoencoder.settings["latent_channels"]
-    if network.conv_in.in_channels != 2 * latent_channels + 1:
-        raise ValueError(f"for latents of {latent_channels} channels an inpainting UNet reads {2 * latent_channels + 1}: latent, mask and "
-                         f"latent of the masked picture; this one reads {network.conv_in.in_channels}, so RePaint would be its painter")
-    diffusion = diffusion or GaussianDiffusion(NoiseSchedule.scaled_linear(1000), prediction_type="eps")
-    schedule, device = diffusion.schedule, network.conv_in.weight.device
-    timesteps = spaced_timesteps(len(schedule), steps)[steps - int(steps * strength):]
+    in_channels = network.conv_in.in_channels
+    if in_channels != 2 * latent_channels + 1:
+        raise ValueError(
+            f"for latents of {latent_channels} channels an inpainting UNet has "
+            f"{2 * latent_channels + 1} input channels (latent, mask, latent of the masked image), "
+            f"and this one has {in_channels}. To inpaint with it, use RePaint (repaint.py)"
+        )
+    if diffusion is None:
+        diffusion = GaussianDiffusion(NoiseSchedule.scaled_linear(1000), prediction_type="eps")
+    schedule = diffusion.schedule
+    device = network.conv_in.weight.device
+    first_step = steps - int(steps * strength)          # strength < 1 leaves out the first steps
+    timesteps = spaced_timesteps(len(schedule), steps)[first_step:]
 
     def encode(x):
         z = autoencoder.eval().encode(x).sample(generator).float()
         return (z - autoencoder.shift) * autoencoder.scale                  # [1, Z, h, w]
 
     @torch.no_grad()
-    def repainted(picture, hidden):
-        x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1      # [1, 3, H, W]
-        m = torch.from_numpy(hidden)[None, None].float().to(device)                                        # [1, 1, H, W]
-        z = encode(x) if strength < 1 else None
-        shape = (1, latent_channels, *(side // autoencoder.factor for side in hidden.shape))
-        z_T = normal_noise(shape, generator, device)
-        if strength < 1:
-            z_T = diffusion.add_noise(z, torch.tensor(timesteps[:1], device=device), z_T)
-        squares = F.max_pool2d(m, autoencoder.factor)                                                      # [1, 1, h, w]
-        knows = _ConcatConditioning(network, torch.cat([squares, encode(x * (1 - m))], dim=1))
-        denoise = guided(diffusion.denoiser(knows, states.to(device)), diffusion.denoiser(knows, nothing.to(device)), guidance)
-        *_, last = progress(SAMPLERS[sampler](denoise, schedule, spacing=timesteps, x_T=z_T))
-        return to_pixel_values(autoencoder.decode(last.x / autoencoder.scale + autoencoder.shift))
+    def inpaint_resized(image, mask):
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]           # [1, 3, H, W]
+        x = x.float().to(device) / 127.5 - 1
+        m = torch.from_numpy(mask)[None, None].float().to(device)           # [1, 1, H, W]
 
-    return _make_resizing_inpainter(repainted, size, autoencoder.factor, len(network.channels) - 1)
+        # The latent to start from: noise, or the image with noise added.
+        if strength < 1:
+            z = encode(x)
+        h, w = (side // autoencoder.factor for side in mask.shape)
+        z_T = normal_noise((1, latent_channels, h, w), generator, device)
+        if strength < 1:
+            t = torch.tensor(timesteps[:1], device=device)
+            z_T = diffusion.add_noise(z, t, z_T)
+
+        # The UNet's other input channels: [m, E((1 - m) x)].
+        latent_mask = F.max_pool2d(m, autoencoder.factor)                   # [1, 1, h, w]
+        conditioning = torch.cat([latent_mask, encode(x * (1 - m))], dim=1)     # [1, 1 + Z, h, w]
+        inpainting_network = _ConcatConditioning(network, conditioning)
+
+        denoise = guided(
+            diffusion.denoiser(inpainting_network, context.to(device)),
+            diffusion.denoiser(inpainting_network, uncond_context.to(device)),
+            guidance,
+        )
+        sampling = SAMPLERS[sampler](denoise, schedule, spacing=timesteps, x_T=z_T)
+        *_, last = progress(sampling)
+        decoded = autoencoder.decode(last.x / autoencoder.scale + autoencoder.shift)
+        return to_pixel_values(decoded)
+
+    downsamplings = len(network.channels) - 1
+    return _make_resizing_inpainter(inpaint_resized, size, autoencoder.factor, downsamplings)
 
 
 class _ConcatConditioning:
-    """A UNet that reads, beside z_t [B, Z, h, w], what is known [1, 1 + Z, h, w]: for diffusion and sampler a network like any other."""
+    """A network that appends conditioning channels [1, 1 + Z, h, w] to its input z_t [B, Z, h, w].
 
-    def __init__(self, network, known):
-        self.network, self.known, self.cache_context = network, known, network.cache_context
+    Diffusion and samplers can then treat an inpainting UNet like any other network.
+    """
+
+    def __init__(self, network, conditioning):
+        self.network = network
+        self.conditioning = conditioning
+        self.cache_context = network.cache_context
 
     def __call__(self, z_t, t, context=None, mask=None):
-        return self.network(torch.cat([z_t, self.known.expand(len(z_t), -1, -1, -1)], dim=1), t, context, mask)
+        conditioning = self.conditioning.expand(len(z_t), -1, -1, -1)
+        return self.network(torch.cat([z_t, conditioning], dim=1), t, context, mask)
 
 
-# ---------------------------------------------------------------- what both share: numbers, sizes, colours
+# ---------------------------------------------------------------- options and sizes, for both
 
 
 def _check_options(steps, guidance, strength, sampler):
     if guidance < 1:
-        raise ValueError(f"guidance is 1 (none) or more, not {guidance}")
+        raise ValueError(f"guidance must be at least 1 (no guidance), not {guidance}")
     if not 0 < strength <= 1 or int(steps * strength) < 1:
-        raise ValueError(f"strength is more than 0 and at most 1, and steps · strength 1 or more, not {strength} with {steps} steps")
+        raise ValueError(
+            "strength must be above 0 and at most 1, and steps · strength at least 1, "
+            f"not {strength} with {steps} steps"
+        )
     if sampler not in SAMPLERS:
-        raise ValueError(f"sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}")
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
 
 
-def _make_resizing_inpainter(repainted, size, factor, halvings) -> Inpainter:
-    """A painter for pictures of any size from a function (picture uint8 [h, w, 3], hidden bool [h, w]) → floats [h, w, 3] in 0 … 255,
-    h and w multiples of factor · 2^halvings, hidden made of squares of factor × factor."""
-    multiple = factor * 2 ** halvings
+def _make_resizing_inpainter(inpaint_resized, size, factor, downsamplings) -> Inpainter:
+    """Make an inpainter for images of any size from a function for the model's sizes.
+
+    inpaint_resized: (image uint8 [h, w, 3], mask bool [h, w]) → float [h, w, 3] in 0 … 255, where
+        h and w are multiples of factor · 2^downsamplings and the mask consists of whole squares
+        of factor × factor pixels.
+    size: the model works on about size² pixels.
+    factor: pixels per latent in each direction.
+    downsamplings: how often the UNet halves the latent.
+    """
+    multiple = factor * 2**downsamplings
     if size < multiple or size % multiple:
-        raise ValueError(f"size is a multiple of {multiple} for this network, not {size}")
+        raise ValueError(f"size must be a multiple of {multiple} for this network, not {size}")
 
-    def paint(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        if not check_mask(picture, mask).any():
-            return picture.copy()
-        h, w = compute_working_size(*mask.shape, size, multiple)
-        small = resize(picture, h, w, Image.Resampling.BILINEAR).round().astype(np.uint8)
-        # Bilinear weights are never negative, so this is 0 exactly where no pixel under the mask has gone into the small picture.
-        hidden = resize(mask[..., None], h, w, Image.Resampling.BILINEAR)[..., 0] > 1e-4
-        hidden = hidden.reshape(h // factor, factor, w // factor, factor).any(axis=(1, 3)).repeat(factor, 0).repeat(factor, 1)
-        painted = resize(repainted(small, hidden), *mask.shape, Image.Resampling.LANCZOS)
-        if not np.isfinite(painted).all():
-            raise ValueError("the painted picture is not finite: the networks have left the range of their precision, try "
-                             "dtype=torch.float32")
-        return blend(painted, picture, mask, width=max(8, max(mask.shape) // 16))
+    def inpaint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if not check_mask(image, mask).any():
+            return image.copy()
+        height, width = mask.shape
 
-    return paint
+        # Resize to the model's size. A resized pixel is masked if any masked pixel contributes to
+        # it: bilinear weights are never negative, so its resized mask is then above 0.
+        h, w = compute_working_size(height, width, size, multiple)
+        resized_image = resize(image, h, w, Image.Resampling.BILINEAR).round().astype(np.uint8)
+        resized_mask = resize(mask[..., None], h, w, Image.Resampling.BILINEAR)[..., 0] > 1e-4
+
+        # Enlarge the mask to whole squares of factor × factor pixels.
+        squares = resized_mask.reshape(h // factor, factor, w // factor, factor)
+        masked_latents = squares.any(axis=(1, 3))                           # [h / f, w / f]
+        resized_mask = masked_latents.repeat(factor, axis=0).repeat(factor, axis=1)
+
+        # Inpaint, resize back and blend.
+        inpainted = inpaint_resized(resized_image, resized_mask)
+        inpainted = resize(inpainted, height, width, Image.Resampling.LANCZOS)
+        if not np.isfinite(inpainted).all():
+            raise ValueError(
+                "the inpainted image has values that are not finite: the networks overflow "
+                "in their precision, try dtype=torch.float32"
+            )
+        return blend(inpainted, image, mask, width=max(8, max(height, width) // 16))
+
+    return inpaint
 
 
 def compute_working_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
-    """(h, w): of the picture's shape, size² pixels in all, both rounded to a multiple, neither less than one."""
-    zoom = size / (height * width) ** 0.5
-    return tuple(max(1, round(side * zoom / multiple)) * multiple for side in (height, width))
+    """Compute the height and width at which the model works, for an image of any size.
+
+    They have about size² pixels and the aspect ratio of the image, rounded to multiples of
+    `multiple` (at least one).
+    """
+    scale = size / (height * width) ** 0.5
+    return tuple(max(1, round(side * scale / multiple)) * multiple for side in (height, width))
 
 
 def resize(x: np.ndarray, height: int, width: int, resampling) -> np.ndarray:
-    """x [H, W, C], any numbers → float32 [height, width, C] by Pillow, without rounding; x itself where it has that size."""
+    """Resize an array [H, W, C] to float32 [height, width, C] with Pillow, without rounding.
+
+    resampling: one of Pillow's `Image.Resampling`. An array that has this size is only converted.
+    """
     x = x.astype(np.float32)
     if x.shape[:2] == (height, width):
         return x
-    return np.stack([Image.fromarray(x[..., c]).resize((width, height), resampling) for c in range(x.shape[2])], axis=-1)
+    channels = [
+        Image.fromarray(x[..., c]).resize((width, height), resampling)
+        for c in range(x.shape[2])
+    ]
+    return np.stack(channels, axis=-1)

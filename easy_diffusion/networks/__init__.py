@@ -1,1 +1,63 @@
-"""TODO."""
+"""The networks that are trained, and the files that hold their weights.
+
+In reading order:
+
+    blocks.py                     residual block, self- and cross-attention, time embedding
+    unet.py                       UNet: the network that predicts eps, x0 or v
+    text_encoder.py               captions → context and mask: CharacterEncoder, CnClipEncoder
+    autoencoder.py                Autoencoder, its posterior, and saving and loading it
+    weights_io.py                 safetensors files of weights and settings; files of other projects
+    stable_diffusion_weights.py   loading and saving Stable Diffusion's weights
+
+The folder copies out alone. It needs torch and safetensors; CnClipEncoder also needs cn_clip.
+"""
+
+from .autoencoder import Autoencoder, Posterior, load_autoencoder, save_autoencoder
+from .blocks import (
+    Attention,
+    Downsample,
+    FeedForward,
+    KeyValueCache,
+    ResidualBlock,
+    SpatialTransformer,
+    TransformerBlock,
+    Upsample,
+    attention_weights,
+    timestep_embedding,
+)
+from .stable_diffusion_weights import (
+    load_stable_diffusion,
+    read_stable_diffusion,
+    save_stable_diffusion,
+)
+from .text_encoder import CharacterEncoder, CnClipEncoder
+from .unet import UNet
+from .weights_io import load_tree, load_weights, open_tensors, read_tensors, save_tree
+
+__all__ = [
+    "Attention",
+    "Autoencoder",
+    "CharacterEncoder",
+    "CnClipEncoder",
+    "Downsample",
+    "FeedForward",
+    "KeyValueCache",
+    "Posterior",
+    "ResidualBlock",
+    "SpatialTransformer",
+    "TransformerBlock",
+    "UNet",
+    "Upsample",
+    "attention_weights",
+    "load_autoencoder",
+    "load_stable_diffusion",
+    "load_tree",
+    "load_weights",
+    "open_tensors",
+    "read_stable_diffusion",
+    "read_tensors",
+    "save_autoencoder",
+    "save_stable_diffusion",
+    "save_tree",
+    "timestep_embedding",
+]

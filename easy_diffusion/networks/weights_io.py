@@ -1,16 +1,16 @@
 """Reading and writing weight files, with what is needed to rebuild the network.
 
-Our own files are safetensors. A file holds a *tree*: dicts and lists whose leaves are tensors, numbers,
-strings, booleans or None. The tensors become the file's tensors. The tree around them becomes JSON in the
-file's header, with {"tensor": name} in the place of each tensor. `save_autoencoder` writes such a tree
-with the sizes, scale and shift of the autoencoder, so that `load_autoencoder` needs nothing but the path.
+Our own files are safetensors. A file holds a *tree*: dicts and lists whose leaves are tensors,
+numbers, strings, booleans or None. The tensors become the tensors of the file. The rest of the tree
+becomes JSON in the header of the file, with {"tensor": name} in place of each tensor. A file can
+therefore hold the weights of a network together with the arguments that rebuild the network.
 
-Weight files of other projects come as safetensors or as pickles that `torch.save` wrote. A pickle can run
-code when it is loaded; nothing here does: `read_tensors` uses `torch.load(weights_only=True)`, and
-`open_tensors` reads the pickle without calling anything that it names.
+Weight files of other projects are either safetensors or pickles that `torch.save` wrote. A pickle
+can run code when it is loaded. Nothing here lets it: `read_tensors` uses
+`torch.load(weights_only=True)`, and `open_tensors` reads the pickle without calling anything that
+it names.
 
-The file needs torch and safetensors; `save_autoencoder` and `load_autoencoder` need autoencoder.py and
-blocks.py beside it.
+The file needs torch and safetensors.
 
 >>> import os, tempfile
 >>> path = os.path.join(tempfile.mkdtemp(), "weights.safetensors")
@@ -26,6 +26,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,7 +36,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-HEADER = "easy_diffusion"               # the key of the tree's JSON in the safetensors metadata
+HEADER = "easy_diffusion"  # the key of the tree's JSON in the metadata of the safetensors file
 
 
 # ---------------------------------------------------------------- our own files
@@ -44,26 +45,36 @@ HEADER = "easy_diffusion"               # the key of the tree's JSON in the safe
 def save_tree(path, tree) -> None:
     """Write a tree of tensors and plain values to one safetensors file.
 
-    Raises TypeError for any other leaf, naming its place in the tree, and OSError if the disk is full.
+    Raises TypeError for any other leaf, naming its place in the tree, and OSError if the disk is
+    full. In both cases a file that was at `path` before stays as it was.
     """
     tensors = {}
     header = {HEADER: json.dumps(flatten_tree(tree, tensors), ensure_ascii=False)}
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
 
 @contextlib.contextmanager
-def replacing(path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which then replaces `path`: never half a file."""
-    temporary = Path(f"{path}.writing")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+def atomic_path(path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it replaces `path` on success and is removed on an error.
+
+    The temporary file is in a folder of its own beside `path`. A killed process leaves the folder
+    behind. The next call for the same `path` removes it.
+    """
+    path = Path(path)
+    folder = path.with_name(f"{path.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except SafetensorError as error:    # what safetensors raises if the disk is full
+        yield folder / path.name
+        # Windows flushes only a file that is open for writing, hence "r+b" and not "rb".
+        with open(folder / path.name, "r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(folder / path.name, path)
+    except SafetensorError as error:  # what safetensors raises if the disk is full
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_tree(path, device="cpu"):
@@ -85,30 +96,32 @@ def load_tree(path, device="cpu"):
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def flatten_tree(node, tensors: dict, place: str = ""):
-    """Move the tensors of a tree into `tensors` by name; return the rest, which JSON can hold."""
+def flatten_tree(node, tensors: dict, name: str = ""):
+    """Move the tensors of a tree into the dict `tensors`; return the rest, which JSON can hold.
+
+    name: the keys that lead to this node, joined by dots. It becomes the name of the tensor.
+    """
     if isinstance(node, torch.Tensor):
-        name = place or "tensor"
+        name = name or "tensor"
         tensors[name] = node.detach().cpu().contiguous().clone()
         return {"tensor": name}
-    if isinstance(node, dict):          # a list of pairs, because JSON allows only strings as keys
-        return {
-            "dict": [
-                [key, flatten_tree(value, tensors, f"{place}.{key}".strip("."))]
-                for key, value in node.items()
-            ]
-        }
+    if isinstance(node, dict):
+        # A list of pairs, because JSON allows only strings as keys
+        pairs = []
+        for key, value in node.items():
+            pairs.append([key, flatten_tree(value, tensors, f"{name}.{key}".strip("."))])
+        return {"dict": pairs}
     if isinstance(node, (list, tuple)):
         if all(isinstance(value, (int, float)) for value in node):
             return list(node)
         return [
-            flatten_tree(value, tensors, f"{place}.{i}".strip("."))
-            for i, value in enumerate(node)
+            flatten_tree(value, tensors, f"{name}.{i}".strip(".")) for i, value in enumerate(node)
         ]
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
     raise TypeError(
-        f"a checkpoint holds tensors, numbers and text; at {place!r} there is a {type(node).__name__}"
+        "a checkpoint holds tensors, numbers, strings, booleans and None; "
+        f"at {name!r} there is a value of type {type(node).__name__}"
     )
 
 
@@ -124,61 +137,36 @@ def unflatten_tree(node, file):
 
 
 def load_weights(module: torch.nn.Module, state: dict) -> None:
-    """`module.load_state_dict(state)`, after one ValueError that lists every mismatch.
+    """`module.load_state_dict(state)`, but a ValueError lists all mismatches at once.
 
-    Named are all tensors that are missing, unexpected or of another shape. A value that is no tensor
-    means that `state` is not a module's weights at all.
+    The list names each tensor that is missing, unexpected or of a different shape. A value that is
+    not a tensor means that `state` is not a state dict at all, which is a ValueError, too.
     """
-    own = module.state_dict()
-    kind = type(module).__name__
-    no_tensor = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if no_tensor:
-        raise ValueError(
-            f"the file is not of a {kind}'s weights: at {no_tensor[0]!r} there is no tensor"
-        )
-    wrong = [f"missing: {name} {tuple(own[name].shape)}" for name in own.keys() - state.keys()]
-    wrong += [
-        f"unexpected: {name} {tuple(state[name].shape)}" for name in state.keys() - own.keys()
+    expected = module.state_dict()
+    class_name = type(module).__name__
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"the file is not of a {class_name}'s weights: at {name!r} there is no tensor"
+            )
+    mismatches = [
+        f"missing: {name} {tuple(expected[name].shape)}" for name in expected.keys() - state.keys()
     ]
-    wrong += [
+    mismatches += [
+        f"unexpected: {name} {tuple(state[name].shape)}" for name in state.keys() - expected.keys()
+    ]
+    mismatches += [
         f"shape of {name}: {tuple(state[name].shape)} in the checkpoint, "
-        f"{tuple(own[name].shape)} in the network"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
+        f"{tuple(expected[name].shape)} in the network"
+        for name in expected.keys() & state.keys()
+        if expected[name].shape != state[name].shape
     ]
-    if wrong:
+    if mismatches:
         raise ValueError(
-            f"the checkpoint is of an incompatible {kind}:\n  " + "\n  ".join(sorted(wrong))
+            f"the checkpoint is of an incompatible {class_name}:\n  "
+            + "\n  ".join(sorted(mismatches))
         )
     module.load_state_dict(state)
-
-
-def save_autoencoder(path, autoencoder) -> None:
-    """Write the weights, sizes, scale and shift of an Autoencoder to one file."""
-    sizes = autoencoder.settings | {"channels": list(autoencoder.settings["channels"])}
-    save_tree(path, {
-        "autoencoder": sizes,
-        "scale": autoencoder.scale,
-        "shift": autoencoder.shift,
-        "weights": autoencoder.state_dict(),
-    })
-
-
-def load_autoencoder(path):
-    """Rebuild the Autoencoder that `save_autoencoder` wrote, in eval mode.
-
-    Raises FileNotFoundError, or ValueError for a file of something else.
-    """
-    from .autoencoder import Autoencoder
-    saved = load_tree(path)
-    if not isinstance(saved, dict) or "autoencoder" not in saved:
-        raise ValueError(f"{path} is a checkpoint, but not one of an autoencoder")
-    sizes = dict(saved["autoencoder"])
-    if "picture_channels" in sizes:     # the name before version 2
-        sizes["image_channels"] = sizes.pop("picture_channels")
-    autoencoder = Autoencoder(**sizes, scale=saved["scale"], shift=saved["shift"])
-    load_weights(autoencoder, saved["weights"])
-    return autoencoder.eval()
 
 
 # ---------------------------------------------------------------- files of other projects
@@ -187,8 +175,9 @@ def load_autoencoder(path):
 def read_tensors(path) -> dict[str, torch.Tensor]:
     """All named tensors of a `.safetensors` file or of a file that `torch.save` wrote.
 
-    A checkpoint with its weights under "state_dict" gives those. Raises FileNotFoundError, or ValueError
-    for a file that is damaged or holds objects that `weights_only=True` refuses.
+    If a checkpoint keeps its weights under "state_dict", only these are returned. Raises
+    FileNotFoundError, or ValueError for a file that is damaged or holds objects that
+    `torch.load(weights_only=True)` refuses.
     """
     path = Path(path)
     if not path.is_file():
@@ -205,10 +194,10 @@ def read_tensors(path) -> dict[str, torch.Tensor]:
 
 
 def open_tensors(path) -> dict[str, Callable[[], torch.Tensor]]:
-    """Name → function that reads the tensor: for large checkpoints of which only a part is wanted.
+    """Name → function that reads the tensor, for a large checkpoint of which a part is needed.
 
-    Unlike `read_tensors` it skips whatever else a training has pickled into the file. Raises ValueError
-    for a damaged file or one that is no checkpoint.
+    Unlike `read_tensors`, it skips other objects that a training framework has pickled into the
+    file. Raises ValueError for a file that is damaged or not a checkpoint.
     """
     path = Path(path)
     try:
@@ -217,32 +206,40 @@ def open_tensors(path) -> dict[str, Callable[[], torch.Tensor]]:
             return {name: partial(file.get_tensor, name) for name in file.keys()}
         return _open_pickle(path)
     except (
-        SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, LookupError,
-        ValueError, TypeError, AttributeError, RuntimeError,
+        SafetensorError,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
     ) as error:
         raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
 
 
 def _open_pickle(path):
-    """A file of `torch.save` is a zip: one pickle, and the bytes of each storage."""
+    """Open a file of `torch.save`: a zip archive of one pickle and the bytes of each storage."""
     archive = zipfile.ZipFile(path)
-    pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
-    if pickled is None:
+    pickle_name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+    if pickle_name is None:
         raise ValueError("it is a zip file, but torch did not write it")
-    tree = _TensorUnpickler(archive, pickled.removesuffix("data.pkl")).load()
+    tree = _TensorUnpickler(archive, pickle_name.removesuffix("data.pkl")).load()
     tree = tree.get("state_dict", tree) if isinstance(tree, dict) else None
     if not isinstance(tree, dict):
         raise ValueError("there are no tensors with names in it")
     return {
-        name: reader for name, reader in tree.items()
-        if isinstance(name, str) and isinstance(reader, partial)
+        name: read
+        for name, read in tree.items()
+        if isinstance(name, str) and isinstance(read, partial)
     }
 
 
 class _TensorUnpickler(pickle.Unpickler):
     """Reads a pickle without calling anything that it names.
 
-    A tensor becomes a function that reads it, a dictionary stays one, everything else becomes a `Stub`.
+    A tensor becomes a function that reads it. A dict stays a dict. All else becomes a `Stub`.
     """
 
     DTYPES = {
@@ -257,6 +254,8 @@ class _TensorUnpickler(pickle.Unpickler):
     }
 
     class Stub:
+        """Stands for any other object; it accepts all that a pickle does to an object."""
+
         def __init__(self, *_, **__):
             pass
 
@@ -272,12 +271,16 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return partial(partial, self.read_tensor)       # called with a description, it keeps it
+            # The unpickler calls this with the tensor's description; the call returns
+            # partial(self.read_tensor, *description), which reads the tensor when it is called.
+            return partial(partial, self.read_tensor)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        return name if module == "torch" and name in self.DTYPES else self.Stub
+        if module == "torch" and name in self.DTYPES:
+            return name
+        return self.Stub
 
     def persistent_load(self, description):
         _, storage_type, key, *_ = description
@@ -285,7 +288,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def read_tensor(self, storage, offset, size, stride, *_):
         storage_type, key = storage
-        content = self.archive.read(f"{self.folder}data/{key}")             # also checks the CRC
+        content = self.archive.read(f"{self.folder}data/{key}")  # this also checks the CRC
         dtype = self.DTYPES[storage_type]
         if not content:
             return torch.empty(size, dtype=dtype)

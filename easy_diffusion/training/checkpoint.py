@@ -1,19 +1,26 @@
-"""Everything a run must remember, in one safetensors file; no pickle, written to the side and renamed.
+"""Checkpoints: the whole state of a training in one safetensors file, written atomically.
 
-A checkpoint is a tree of dicts and lists whose leaves are tensors, numbers, strings, booleans or None, which is what
-`state_dict()` of networks and optimizers returns. The tensors become the file's tensors; the tree around them becomes
-JSON in the file's header, with {"tensor": name} where a tensor stood. Whoever reads the file while it is replaced sees
-the old one or the new one, never half of one. With `keep` the ones before stay beside it, under its name with .1, .2, …,
-and `load_newest` takes the newest that is whole. The file needs torch and safetensors.
+A checkpoint is a tree: dicts and lists whose leaves are tensors, numbers, strings, booleans or
+None. That is what `state_dict()` of networks and optimizers returns. The tensors are stored as the
+file's tensors, and the tree around them as JSON in the file's header; nothing is pickled (see
+weights_io.py in networks/). While a checkpoint is replaced, there is always the old file or the new
+one, never an incomplete one.
 
->>> import tempfile, os
->>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
->>> save(path, {"step": 7, "network": torch.nn.Linear(2, 3).state_dict()})
->>> tree = load(path)
+    path            the newest checkpoint
+    path.1, path.2  the ones before, newest first, `keep` files in all
+    path.best       the one with the lowest loss
+
+If the newest file is damaged, `load_newest_checkpoint` takes the newest that is not. The file
+needs torch, safetensors, files.py and the folder networks/.
+
+>>> import tempfile
+>>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+>>> save_checkpoint(path, {"step": 7, "network": torch.nn.Linear(2, 3).state_dict()})
+>>> tree = load_checkpoint(path)
 >>> tree["step"], tuple(tree["network"]["weight"].shape)
 (7, (3, 2))
->>> save(path, {"step": 8}, keep=2)
->>> load_newest(path), load(f"{path}.1")["step"]
+>>> save_checkpoint(path, {"step": 8}, keep=2)
+>>> load_newest_checkpoint(path), load_checkpoint(f"{path}.1")["step"]
 ({'step': 8}, 7)
 """
 
@@ -31,42 +38,186 @@ from safetensors.torch import save_file
 from ..files import atomic_path
 from ..networks.weights_io import HEADER, flatten_tree, load_tree, load_weights
 
+# ---------------------------------------------------------------- writing
+
 
 def save_checkpoint(path, tree, keep: int = 1, best: bool = False) -> None:
-    """Write a tree of tensors and plain values; `keep` files stay: this one, and those before it as path.1, path.2, …; best: this one also
-    as path.best, which is there first: a run killed in between goes on from the one before, and comes to this one again.
+    """Write a tree of tensors and plain values.
 
-    Raises TypeError for a leaf of another kind, naming its place; OSError where the disk is full, and then nothing has changed."""
+    path: the file, which is replaced.
+    tree: dicts and lists of tensors, numbers, strings, booleans and None.
+    keep: number of files that remain: this one and the previous ones as path.1, path.2, …
+    best: also store it as path.best. This happens first: if the process is killed in between, the
+        training resumes from the previous checkpoint and writes this one again.
+
+    Raises TypeError for any other leaf, naming its position in the tree, and OSError if the disk
+    is full. In both cases the file at `path` is unchanged.
+    """
     tensors = {}
     skeleton = flatten_tree(tree, tensors)
-    with atomic_path(path) as beside:
+    with atomic_path(path) as temporary:
         try:
-            save_file(tensors, beside, metadata={HEADER: json.dumps(skeleton, ensure_ascii=False)})
-        except SafetensorError as error:                                    # its name for what the system would not write
+            header = {HEADER: json.dumps(skeleton, ensure_ascii=False)}
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:    # what safetensors raises if the disk is full
             raise OSError(f"{path} could not be written: {error}") from error
         if best:
-            link_or_copy(beside, f"{path}.best")
-        if keep > 1 and is_intact(path):                                        # a damaged one would take a good one's place
+            link_or_copy(temporary, f"{path}.best")
+        if keep > 1 and is_intact(path):    # a damaged file must not replace an intact one
             for i in range(keep - 1, 1, -1):
                 if Path(f"{path}.{i - 1}").exists():
                     os.replace(f"{path}.{i - 1}", f"{path}.{i}")
             link_or_copy(path, f"{path}.1")
 
 
+def link_or_copy(path, other) -> None:
+    """Give a file a second name: a hard link, which takes no space, or else a copy."""
+    with atomic_path(other) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:                     # the file system has no hard links
+            shutil.copyfile(path, temporary)
+
+
+def save_or_warn(path, tree, keep: int = 1, best: bool = False) -> str:
+    """Save the checkpoint of a training; return "" or, if the disk refused it, a warning.
+
+    After a failed write the previous checkpoint is still there, so the training can continue.
+
+    path, tree, keep: as for `save_checkpoint`; tree["index"] is the number of finished steps.
+    best: whether this checkpoint has the lowest loss. With keep > 1 it is then stored as path.best,
+        and so is the first one.
+
+    Raises OSError if nothing could be written and there is no previous checkpoint.
+    """
+    try:
+        is_best = keep > 1 and (best or not Path(f"{path}.best").exists())
+        save_checkpoint(path, tree, keep, best=is_best)
+        return ""
+    except OSError as error:
+        if not Path(path).exists():
+            raise
+        step = tree["index"] - 1
+        return (
+            f"the checkpoint after step {step} could not be written; the previous one is kept "
+            f"and the training continues: {error}"
+        )
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read the tree that `save_checkpoint` wrote, its tensors on `device`.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or that `save_checkpoint`
+    did not write.
+    """
+    return rename_old_keys(load_tree(path, device))
+
+
+def load_newest_checkpoint(path, device="cpu"):
+    """Like `load_checkpoint`, but a damaged file is replaced by another one, with a warning.
+
+    The replacement is the newest intact one of path.1, path.2, …, or else path.best. If none is
+    intact, ValueError is raised as by `load_checkpoint`.
+    """
+    try:
+        return load_checkpoint(path, device)
+    except ValueError as error:
+        numbered = (Path(f"{path}.{i}") for i in itertools.count(1))
+        previous = itertools.takewhile(Path.exists, numbered)
+        for candidate in (*previous, Path(f"{path}.best")):
+            if is_intact(candidate):
+                warnings.warn(
+                    f"{error}; training resumes from an earlier checkpoint, {candidate}",
+                    stacklevel=2,
+                )
+                return load_checkpoint(candidate, device)
+        raise
+
+
+def is_intact(path) -> bool:
+    """Whether the file exists, is a safetensors file, and is as long as its header says."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def check_compatible(
+    path, saved, optimizers: list, prediction_type: str, images_per_step: int | None
+) -> None:
+    """Raise ValueError, naming the difference, unless this training can resume from a checkpoint.
+
+    path, saved: the checkpoint's file, for the message, and its tree.
+    optimizers: the optimizers of this training.
+    prediction_type: of this training's diffusion, such as "eps" or "v".
+    images_per_step: in all processes, or None if not known. It must be the saved one, because the
+        position in the epoch follows from the number of steps.
+    """
+    if not isinstance(saved, dict) or "health" not in saved:
+        raise ValueError(
+            f"{path} is not a checkpoint of `train`, or one of an unsupported earlier version"
+        )
+    if len(saved["optimizers"]) != len(optimizers):
+        was = "with" if len(optimizers) == 1 else "without"
+        raise ValueError(
+            f"{path} was trained {was} Muon: resume {was} a muon_learning_rate"
+        )
+    if saved["prediction_type"] != prediction_type:
+        raise ValueError(
+            f"{path} was trained to predict {saved['prediction_type']}, not {prediction_type}"
+        )
+    was = saved.get("images_per_step")
+    if was is not None and images_per_step is not None and was != images_per_step:
+        raise ValueError(
+            f"{path} was trained with {was} images per step, not {images_per_step}: "
+            f"resume with {was}"
+        )
+
+
+def load_ema_weights(network, encoder, state: dict) -> None:
+    """Load a checkpoint's EMA weights, ready for sampling: eval mode, on the GPU if there is one.
+
+    network, encoder: modules of the same sizes as those that were trained; changed in place.
+    state: the tree's "ema".
+    """
+    models = torch.nn.ModuleDict({"network": network, "encoder": encoder})
+    load_weights(models, state)
+    models.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------- checkpoints of earlier versions
+
 OLD_KEYS = {
-    "average": "ema", "predicts": "prediction_type", "pictures": "images_per_step", "pieces": "micro_batches",
-    "halved": "micro_batches_doubled", "guard": "health", "smooth": "smooth_loss", "quartiles": "quartile_losses",
+    # of the whole training
+    "average": "ema",
+    "predicts": "prediction_type",
+    "pictures": "images_per_step",
+    "pieces": "micro_batches",
+    "halved": "micro_batches_doubled",
+    "guard": "health",
+    "smooth": "smooth_loss",
+    "quartiles": "quartile_losses",
     "lowest": "lowest_loss",
-    # of the training's health
-    "rescued": "rollbacks", "copied_at": "snapshot_step", "last_bad": "last_bad_step", "ill": "unhealthy", "trouble": "reason",
-    "lower": "lr_scale", "level": "snapshot_loss", "copy": "snapshot",
+    # of TrainingHealth
+    "rescued": "rollbacks",
+    "copied_at": "snapshot_step",
+    "last_bad": "last_bad_step",
+    "ill": "unhealthy",
+    "trouble": "reason",
+    "lower": "lr_scale",
+    "level": "snapshot_loss",
+    "copy": "snapshot",
     # of ImportanceTimesteps
     "drawn": "counts",
 }
 
 
 def rename_old_keys(tree):
-    """A checkpoint of an earlier version, with the keys of this one."""
+    """The tree with the keys of this version; a tree of an earlier version has others."""
     if not isinstance(tree, dict):
         return tree
     tree = {OLD_KEYS.get(key, key): value for key, value in tree.items()}
@@ -76,76 +227,3 @@ def rename_old_keys(tree):
     if tree.get("prediction_type") == "noise":
         tree["prediction_type"] = "eps"
     return tree
-
-
-def link_or_copy(path, other) -> None:
-    """Give a file another name, too, which takes no room; where the disk cannot do that, a copy."""
-    with atomic_path(other) as beside:
-        try:
-            os.link(path, beside)
-        except OSError:
-            shutil.copyfile(path, beside)
-
-
-def is_intact(path) -> bool:
-    """Whether there is a safetensors file of the length that its header tells."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def load_checkpoint(path, device="cpu"):
-    """The tree that `save` was given, its tensors on `device`.
-
-    Raises FileNotFoundError, or ValueError for a file that is damaged or was not written by `save`.
-    """
-    return rename_old_keys(load_tree(path, device))
-
-
-def load_newest_checkpoint(path, device="cpu"):
-    """`load`, but where the file is damaged the newest whole one of those kept before it, or else the best, with a warning that says so."""
-    try:
-        return load_checkpoint(path, device)
-    except ValueError as damage:
-        kept = itertools.takewhile(Path.exists, (Path(f"{path}.{i}") for i in itertools.count(1)))
-        for before in (*kept, Path(f"{path}.best")):
-            if is_intact(before):
-                warnings.warn(f"{damage}; the run goes on from the checkpoint before it, {before}", stacklevel=2)
-                return load_checkpoint(before, device)
-        raise
-
-
-def save_or_warn(path, tree, keep: int = 1, best: bool = False) -> str:
-    """A checkpoint; "" or, if the disk would not take it, a sentence that says so: what was there before is still there. Where nothing
-    could ever be written, that is an error (OSError). best: it is the best so far, kept as path.best if any but the newest are."""
-    try:
-        save_checkpoint(path, tree, keep, best=keep > 1 and (best or not Path(f"{path}.best").exists()))
-        return ""
-    except OSError as error:
-        if not Path(path).exists():
-            raise
-        step = tree["index"] - 1
-        return f"the checkpoint after step {step} could not be written, that of before stays, and the training goes on: {error}"
-
-
-def check_compatible(path, saved, optimizers: list, prediction_type: str, pictures: int | None) -> None:
-    """Whether a checkpoint of a training is of one like this; if not, ValueError says what was otherwise. pictures: of a step, in all
-    processes, where that is known: with others the order would go on at another place."""
-    if not isinstance(saved, dict) or "health" not in saved:
-        raise ValueError(f"{path} is not of a training by this file, or of one by an earlier version")
-    if len(saved["optimizers"]) != len(optimizers):
-        was = "with" if len(optimizers) == 1 else "without"
-        raise ValueError(f"{path} was trained {was} Muon, so muon_learning_rate must tell the same")
-    if saved["prediction_type"] != prediction_type:
-        raise ValueError(f"{path} was trained to predict {saved['prediction_type']}, not {prediction_type}")
-    if (was := saved.get("images_per_step")) is not None and pictures is not None and was != pictures:
-        raise ValueError(f"{path} is of a run with {was} pictures a step, not {pictures}: to go on, it must be as many")
-
-
-def load_ema_weights(network, encoder, state: dict) -> None:
-    """A checkpoint's EMA weights into network and encoder, ready to draw, on the GPU if there is one."""
-    both = torch.nn.ModuleDict({"network": network, "encoder": encoder})
-    load_weights(both, state)
-    both.eval().to("cuda" if torch.cuda.is_available() else "cpu")

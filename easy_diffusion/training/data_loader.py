@@ -1,25 +1,36 @@
-"""From a dataset to batches: in workers or without, in one process or several, once or for ever, and from any step on.
+"""From a dataset to batches: shuffled, repeatable from any step on, in one process or several.
 
-A worker is another process that reads pictures while the network learns. Where CUDA is in use it must be spawned, because a process that
-was forked from one with CUDA cannot use it («Cannot re-initialize CUDA in forked subprocess»); its batches lie in pinned memory, from
-which a GPU copies fastest. A spawned worker imports the program again: a script needs `if __name__ == "__main__":` around what it does, and
-a dataset's class must stand in a file, not in a notebook's cell. Workers live as long as the loader: what they have opened stays open from
-epoch to epoch. Pictures stay uint8 until they are on the device: a quarter of what floats take.
+Order. The order of epoch e follows from (seed, e) alone. A training that stopped after step n
+therefore resumes with exactly the batch of step n, with the same dataset and batch size, and uses
+each image of the epoch once.
 
-The order of epoch e follows from (seed, e) alone, and what a dataset draws by chance for a batch from (seed, the batch's number): whoever
-reads it, this process or a worker, begins torch's, numpy's and Python's generators there, and puts them back afterwards. So a run that was
-broken off after step n goes on, with the same dataset and batch size, with step n's batch to the bit, and no picture of the epoch is seen
-twice or missed. Where W processes train together, each takes its share of W batches: the k-th of them is what one process with a batch W
-times as large would see. The file needs torch and numpy.
+Randomness. What a dataset draws at random for a batch (a crop, a flip) follows from (seed, the
+batch's position). Whether a worker or this process reads the batch, the generators of torch, numpy
+and Python are seeded before and restored afterwards.
 
->>> numbers = torch.utils.data.TensorDataset(torch.arange(7))
->>> [len(batch) for batch, in batches(numbers, 2)]
+Several processes. With W processes, the k-th batches of all of them make up the k-th batch of a
+single process with a batch W times as large.
+
+Workers are processes that read images while the network trains. With CUDA they are spawned,
+because a forked process cannot use CUDA ("Cannot re-initialize CUDA in forked subprocess"). A
+spawned worker imports the main program again: a script needs `if __name__ == "__main__":`, and a
+dataset's class must be in a file, not in a notebook's cell. Workers live as long as the loader;
+the files that they have opened stay open from epoch to epoch. With CUDA the batches are in pinned
+memory, from which the copy to the GPU is fastest. Images stay uint8 until they are on the device:
+a quarter of the bytes of float32.
+
+The file needs torch and numpy.
+
+>>> dataset = torch.utils.data.TensorDataset(torch.arange(7))
+>>> [len(batch) for batch, in make_loader(dataset, 2)]
 [2, 2, 2]
->>> whole, later = endless(batches(numbers, 2)), endless(batches(numbers, 2), start=10)
->>> [next(whole)[0].tolist() for _ in range(11)][10] == next(later)[0].tolist()
+>>> from_start = infinite_batches(make_loader(dataset, 2))
+>>> resumed = infinite_batches(make_loader(dataset, 2), start=10)
+>>> [next(from_start)[0].tolist() for _ in range(11)][10] == next(resumed)[0].tolist()
 True
->>> parts = [next(endless(batches(numbers, 2), rank=i, world_size=2))[0] for i in range(2)]
->>> next(endless(batches(numbers, 4)))[0].tolist() == torch.cat(parts).tolist()
+>>> ranks = [infinite_batches(make_loader(dataset, 2), rank=rank, world_size=2) for rank in (0, 1)]
+>>> both = torch.cat([next(batches)[0] for batches in ranks])
+>>> both.tolist() == next(infinite_batches(make_loader(dataset, 4)))[0].tolist()
 True
 """
 
@@ -32,57 +43,100 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+# ---------------------------------------------------------------- randomness
+
 
 def derive_seed(*parts) -> int:
-    """A number below 2^32 for these parts, to begin a generator at: near parts give numbers that have nothing in common."""
+    """A seed below 2³² that follows from `parts`, such as (seed, step).
+
+    Similar parts give seeds of unrelated random numbers.
+    """
     return random.Random(repr(parts)).getrandbits(32)
 
 
 @contextlib.contextmanager
-def fork_rng(number: int) -> Iterator[None]:
-    """Inside, the generators of torch (CPU and, if it is in use, CUDA), numpy and Python begin at `number`; then they are as before."""
+def fork_rng(seed: int) -> Iterator[None]:
+    """Seed the global generators for the statements inside, and restore them afterwards.
+
+    These are the generators of torch (the CPU's and, if CUDA is in use, the current GPU's), numpy
+    and Python.
+    """
     cuda = torch.cuda.is_initialized()
-    before = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None, np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(number)
-    np.random.seed(number)
-    random.seed(number)
+    torch_state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state() if cuda else None
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
+
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
     if cuda:
-        torch.cuda.manual_seed(number)
+        torch.cuda.manual_seed(seed)
     try:
         yield
     finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[2])
-        random.setstate(before[3])
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
         if cuda:
-            torch.cuda.set_rng_state(before[1])
+            torch.cuda.set_rng_state(cuda_state)
+
+
+# ---------------------------------------------------------------- sampler, dataset, loader
 
 
 class ResumableBatchSampler(torch.utils.data.Sampler):
-    """(number, indices) of batches: indices below `length` in the order of epoch `epoch`, from batch `first` of it on; each iteration moves
-    on to the next epoch. Of `processes` that train together number `process` gets its share, `batch_size` of each batch."""
+    """Yields ((epoch, position), indices): which items make up the batches of one epoch.
+
+    length: number of items in the dataset.
+    batch_size: number of indices in a batch, in each process.
+    seed: of the order.
+
+    Each iteration yields one epoch and then moves on to the next. Set these attributes to resume,
+    or to train in several processes; `infinite_batches` does so:
+
+    epoch: the epoch of the next iteration.
+    first: number of batches to leave out at the beginning of that epoch.
+    rank, world_size: this process and the number of processes; each yields its part of the batches.
+    """
 
     def __init__(self, length: int, batch_size: int, seed: int = 0):
-        self.length, self.batch_size, self.seed, self.epoch, self.first = length, batch_size, seed, 0, 0
-        self.rank, self.world_size = 0, 1
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.first = 0
+        self.rank = 0
+        self.world_size = 1
 
     def __len__(self):
         return self.length // (self.batch_size * self.world_size) - self.first
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        epoch = self.epoch
+        batches = range(self.first, self.length // (self.batch_size * self.world_size))
+        self.epoch += 1
+        self.first = 0
+
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
-        epoch, first, self.epoch, self.first = self.epoch, self.first, self.epoch + 1, 0
-        for k in range(first, self.length // (self.batch_size * self.world_size)):
-            place = (k * self.world_size + self.rank) * self.batch_size
-            yield (epoch, place), order[place:place + self.batch_size]
+        for k in batches:
+            position = (k * self.world_size + self.rank) * self.batch_size
+            yield (epoch, position), order[position:position + self.batch_size]
 
 
 class BatchDataset(torch.utils.data.Dataset):
-    """A dataset whose items are read a batch at a time, with the chance that belongs to the batch."""
+    """Reads a dataset one batch at a time, with the random numbers that belong to the batch.
+
+    dataset: has `__len__` and `__getitem__`, or `__getitems__` for a whole batch.
+    collate: makes a batch from a list of items; default: torch's `default_collate`.
+    seed: of what the dataset draws at random.
+    """
 
     def __init__(self, dataset, collate=None, seed: int = 0):
-        self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
+        self.dataset = dataset
+        self.collate = collate or default_collate
+        self.seed = seed
 
     def __len__(self):
         return len(self.dataset)
@@ -90,53 +144,98 @@ class BatchDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return self.dataset[index]
 
-    def __getitems__(self, numbered):
-        number, indices = numbered
-        with fork_rng(derive_seed(self.seed, number)):
+    def __getitems__(self, key):
+        """The collated batch for one value of `ResumableBatchSampler`."""
+        epoch_and_position, indices = key
+        with fork_rng(derive_seed(self.seed, epoch_and_position)):
             if hasattr(self.dataset, "__getitems__"):
-                return self.collate(self.dataset.__getitems__(indices))
-            return self.collate([self.dataset[i] for i in indices])
+                items = self.dataset.__getitems__(indices)
+            else:
+                items = [self.dataset[i] for i in indices]
+            return self.collate(items)
 
 
 def identity(batch):
-    """What Read has collated already."""
+    """The DataLoader's `collate_fn`: BatchDataset has collated the batch already."""
     return batch
 
 
-def make_loader(dataset, batch_size: int, workers: int | None = None, collate=None, seed: int = 0) -> DataLoader:
-    """Batches of a dataset in random order, another in each epoch; what does not fill a batch at an epoch's end is left out of it.
+def make_loader(
+    dataset, batch_size: int, workers: int | None = None, collate=None, seed: int = 0
+) -> DataLoader:
+    """Batches of a dataset in random order, with a different order in each epoch.
 
-    workers: processes (default: none on a CPU, where the network needs all cores; four, or as many as there are cores, with CUDA).
-    collate: items → batch, as DataLoader's collate_fn. Raises ValueError for a dataset of less than a batch.
+    dataset: gives items; its class must be importable if CUDA and workers are used.
+    batch_size: number of items in a batch. Items that do not fill a batch at the end of an epoch
+        are left out of that epoch.
+    workers: number of processes that read items. Default: 0 without CUDA, because the network needs
+        all cores; up to 4 with CUDA.
+    collate: makes a batch from a list of items, like DataLoader's `collate_fn`.
+    seed: of the order and of what the dataset draws at random.
+
+    Raises ValueError for a dataset with fewer items than one batch.
     """
     if not 1 <= batch_size <= len(dataset):
-        raise ValueError(f"{len(dataset)} items do not fill a batch of {batch_size}; its size is from 1 to {len(dataset)}")
+        raise ValueError(
+            f"{len(dataset)} items do not fill a batch of {batch_size}; "
+            f"the batch size must be from 1 to {len(dataset)}"
+        )
     cuda = torch.cuda.is_available()
     if workers is None:
         workers = min(4, os.cpu_count() or 1) if cuda else 0
-    return DataLoader(BatchDataset(dataset, collate, seed), batch_sampler=ResumableBatchSampler(len(dataset), batch_size, seed), num_workers=workers,
-                      collate_fn=identity, pin_memory=cuda, persistent_workers=workers > 0, generator=torch.Generator(),
-                      multiprocessing_context="spawn" if cuda and workers else None)
+    return DataLoader(
+        BatchDataset(dataset, collate, seed),
+        batch_sampler=ResumableBatchSampler(len(dataset), batch_size, seed),
+        num_workers=workers,
+        collate_fn=identity,
+        pin_memory=cuda,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),        # DataLoader then leaves the global one alone
+        multiprocessing_context="spawn" if cuda and workers else None,
+    )
+
+
+# ---------------------------------------------------------------- batches for training
 
 
 def images_per_step(loader: Iterable, world_size: int = 1) -> int | None:
-    """How many pictures a step takes in all processes, of a loader by `batches`; None of any other."""
-    order = getattr(loader, "batch_sampler", None)
-    return order.batch_size * world_size if isinstance(order, ResumableBatchSampler) else None
+    """Number of images of a training step in all processes; None for a loader of another origin.
+
+    loader: of `make_loader`, or another iterable of batches, whose batch size is not known.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, ResumableBatchSampler):
+        return None
+    return sampler.batch_size * world_size
 
 
-def infinite_batches(loader: Iterable, start: int = 0, rank: int = 0, world_size: int = 1) -> Iterator:
-    """The loader's batches, epoch after epoch; of a loader by `batches` those from step `start` on, and of them the share of number
-    `process` of `processes`. Raises ValueError if it gives none."""
-    order = getattr(loader, "batch_sampler", None)
-    if isinstance(order, ResumableBatchSampler):
-        order.first, order.rank, order.world_size = 0, rank, world_size
-        if len(order) == 0:
-            raise ValueError(f"the loader gives no batch: {order.length} items do not fill {world_size} batches of {order.batch_size}")
-        order.epoch, order.first = divmod(start, len(order))
+def infinite_batches(
+    loader: Iterable, start: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator:
+    """The batches of a loader, epoch after epoch.
+
+    loader: of `make_loader`, or any other iterable of batches, for which the other arguments have
+        no effect.
+    start: the training step to begin with.
+    rank, world_size: this process and the number of processes that share the batches.
+
+    Raises ValueError if the loader yields no batch.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, ResumableBatchSampler):
+        sampler.first = 0
+        sampler.rank = rank
+        sampler.world_size = world_size
+        if len(sampler) == 0:
+            raise ValueError(
+                f"the loader yields no batch: {sampler.length} items do not fill "
+                f"{world_size} batches of {sampler.batch_size}"
+            )
+        sampler.epoch, sampler.first = divmod(start, len(sampler))
     while True:
-        batch = None
+        is_empty = True
         for batch in loader:
+            is_empty = False
             yield batch
-        if batch is None:
-            raise ValueError("the loader gives no batch: are there fewer pictures than one batch holds?")
+        if is_empty:
+            raise ValueError("the loader yields no batch: does the dataset fill one batch?")

@@ -1,4 +1,20 @@
-"""TODO."""
+"""What several training processes exchange, and the precision that the hardware computes fast.
+
+W processes train one model. Each computes the gradient g_k of its own part of the batch; the
+optimizer steps along their mean, so W processes learn like one with a batch W times as large:
+
+    g = (1 / W) Σ_k g_k
+
+All processes must take the same decisions: go on from the same step, skip the same steps, stop
+at the same time. Therefore flags, losses and the time are exchanged, too. With one process all
+functions below return at once. The file needs torch and accelerate.
+
+>>> accelerator = default_accelerator()
+>>> any_rank(accelerator, False)
+False
+>>> reduce_metrics(accelerator, torch.tensor(0.5), torch.tensor(2.0), seconds=1.5)
+(0.5, 2.0, 1.5)
+"""
 
 import warnings
 
@@ -7,70 +23,107 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 
+# ---------------------------------------------------------------- precision
+
 
 def fast_precision() -> str:
-    """What accelerate calls mixed_precision: "bf16" where this machine computes bfloat16 in hardware, else "no"."""
+    """accelerate's `mixed_precision`: "bf16" if the hardware computes bfloat16, otherwise "no"."""
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    has = [getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if any(has) else "no"
-
-
-def default_accelerator() -> Accelerator:
-    """An Accelerator of the fast precision; where this process has made one before, of that one's: it has only one."""
-    return Accelerator(mixed_precision=None if AcceleratorState._shared_state else fast_precision())
-
-
-def check_same_step(accelerator, path, index: int) -> None:
-    """Whether all processes go on at the same step; if not, ValueError."""
-    if accelerator.num_processes > 1:
-        total = accelerator.reduce(torch.tensor(index, device=accelerator.device), "sum")
-        if any_rank(accelerator, int(total) != index * accelerator.num_processes):
-            raise ValueError(f"this process goes on from step {index}, others from another: {path} must lie on a disk that all of them see")
-
-
-def broadcast_parameters(accelerator, modules) -> None:
-    """All processes take the first one's numbers."""
-    if accelerator.num_processes > 1:
-        with torch.no_grad():
-            for tensor in modules.state_dict().values():
-                tensor.copy_(broadcast(tensor))
-
-
-def average_gradients(accelerator, weights) -> None:
-    """Each gradient becomes the mean over all processes, in one message. That comes after all of them have been computed, so that a process
-    which runs out of memory on the way can say so before the others wait for it."""
-    if accelerator.num_processes > 1:
-        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        for weight, part in zip(weights, mean.split([weight.numel() for weight in weights])):
-            weight.grad = part.view_as(weight)
-
-
-def any_rank(accelerator, true: bool) -> bool:
-    """Whether it is true in any process."""
-    if accelerator.num_processes == 1:
-        return true
-    return bool(accelerator.reduce(torch.tensor(float(true), device=accelerator.device), "sum"))
-
-
-def reduce_metrics(accelerator, loss: torch.Tensor, norm: torch.Tensor, seconds: float) -> tuple[float, float, float]:
-    """Loss and gradient's length as numbers, the mean over all processes, and the first one's clock, so that all of them decide alike.
-    (While the first one's caller looks at samples its clock stands; the others wait.)"""
-    loss, norm = torch.stack([loss.float(), norm.float()]).tolist()
-    if accelerator.num_processes > 1:
-        seconds *= accelerator.num_processes * accelerator.is_main_process
-        loss, norm, seconds = accelerator.reduce(torch.tensor([loss, norm, seconds], device=accelerator.device), "mean").tolist()
-    return loss, norm, seconds
-
-
-def warn_on_main_process(accelerator, sentence: str) -> str:
-    """The sentence, which the first process also says as a warning."""
-    if sentence and accelerator.is_main_process:
-        warnings.warn(sentence, stacklevel=3)
-    return sentence
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        supported = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return "bf16" if supported else "no"
 
 
 def autocast(device):
-    """bfloat16 for sampling, where this machine computes in it."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_precision() == "bf16")
+    """Context manager for sampling: bfloat16 where the hardware computes it, else no change."""
+    enabled = fast_precision() == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
+
+
+def default_accelerator() -> Accelerator:
+    """An Accelerator with `fast_precision`.
+
+    A process has one precision only: if it has made an Accelerator before, that one's is kept.
+    """
+    exists = AcceleratorState._shared_state
+    return Accelerator(mixed_precision=None if exists else fast_precision())
+
+
+# ---------------------------------------------------------------- collectives
+
+
+def check_same_step(accelerator, path, index: int) -> None:
+    """Raise ValueError unless all processes resume at the same step.
+
+    path: the checkpoint, for the message.
+    index: the step at which this process resumes.
+    """
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(torch.tensor(index, device=accelerator.device), "sum")
+        if any_rank(accelerator, int(total) != index * accelerator.num_processes):
+            raise ValueError(
+                f"this process resumes at step {index}, another one at a different step: "
+                f"{path} must be on a disk that all processes share"
+            )
+
+
+def broadcast_parameters(accelerator, module) -> None:
+    """Copy the parameters and buffers of the main process to all others."""
+    if accelerator.num_processes > 1:
+        with torch.no_grad():
+            for tensor in module.state_dict().values():
+                tensor.copy_(broadcast(tensor))
+
+
+def average_gradients(accelerator, parameters) -> None:
+    """Replace each gradient by its mean over all processes, with one message.
+
+    It is called after every process has computed its gradients. A process that runs out of memory
+    before can thus tell the others, which would otherwise wait for its message for ever.
+    """
+    if accelerator.num_processes > 1:
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in parameters
+        ]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        mean = accelerator.reduce(flat, "mean")
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, gradient in zip(parameters, mean.split(sizes)):
+            parameter.grad = gradient.view_as(parameter)
+
+
+def any_rank(accelerator, flag: bool) -> bool:
+    """Whether `flag` is true in any process."""
+    if accelerator.num_processes == 1:
+        return flag
+    flag = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum"))
+
+
+def reduce_metrics(
+    accelerator, loss: torch.Tensor, norm: torch.Tensor, seconds: float
+) -> tuple[float, float, float]:
+    """Loss and gradient norm as floats, averaged over all processes, and the main process's time.
+
+    loss, norm: scalars on the device; one copy brings both to the host.
+    seconds: the training time of this process. The time of the main process counts for all, so
+    that all processes stop and save at the same step. (It stands still while the caller of the
+    main process samples images; the other processes wait.)
+    """
+    loss, norm = torch.stack([loss.float(), norm.float()]).tolist()
+    if accelerator.num_processes > 1:
+        # The mean of (W · seconds, 0, 0, …) over W processes is the main process's seconds.
+        seconds *= accelerator.num_processes * accelerator.is_main_process
+        metrics = torch.tensor([loss, norm, seconds], device=accelerator.device)
+        loss, norm, seconds = accelerator.reduce(metrics, "mean").tolist()
+    return loss, norm, seconds
+
+
+def warn_on_main_process(accelerator, message: str) -> str:
+    """Issue `message` as a warning in the main process, unless it is empty; return it."""
+    if message and accelerator.is_main_process:
+        warnings.warn(message, stacklevel=3)
+    return message

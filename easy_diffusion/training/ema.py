@@ -1,10 +1,35 @@
-"""TODO."""
+"""Exponential moving average (EMA) of the weights: the weights to sample from.
+
+Training changes the weights theta at every step. The averaged weights theta_ema follow them slowly
+and give better samples (Ho et al. 2020, appendix B). After step i = 0, 1, 2, …
+
+    d_i        =  min(decay, (1 + i) / (10 + i))
+    theta_ema  ←  theta_ema + (1 - d_i) (theta - theta_ema)
+
+With d_i = decay the average extends over about the last 1 / (1 - decay) steps. In the first steps
+(1 + i) / (10 + i) is smaller, so that the random initial weights are forgotten quickly. The file
+needs nothing but torch.
+
+>>> model = torch.nn.Linear(1, 1, bias=False)
+>>> ema_model = torch.nn.Linear(1, 1, bias=False)
+>>> _ = torch.nn.init.constant_(model.weight, 10.0)
+>>> _ = torch.nn.init.constant_(ema_model.weight, 0.0)
+>>> update_ema(ema_model, model, index=0, decay=0.999)
+>>> round(ema_model.weight.item(), 4)              # d_0 = 0.1, so 0.9 of the way from 0 to 10
+9.0
+"""
 
 import torch
 
 
 @torch.no_grad()
-def update_ema(average, models, index: int, ema: float) -> None:
-    """The average moves towards the weights, quickly in the first steps."""
-    share = 1 - min(ema, (1 + index) / (10 + index))
-    torch._foreach_lerp_(list(average.parameters()), [weight.detach() for weight in models.parameters()], share)
+def update_ema(ema_model, model, index: int, decay: float) -> None:
+    """Move the averaged weights towards the trained ones, in place.
+
+    ema_model, model: modules with the same parameters in the same order.
+    index: the training step i, counted from 0.
+    decay: upper limit of d_i, in [0, 1); larger is slower.
+    """
+    d = min(decay, (1 + index) / (10 + index))
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    torch._foreach_lerp_(list(ema_model.parameters()), parameters, 1 - d)

@@ -1,18 +1,28 @@
-"""Teach Chinese CLIP one's own dishes: pictures and captions of one dish near each other, others apart.
+"""Fine-tuning Chinese CLIP (cn_clip) on one's own images and captions.
 
-With I_i and T_j the vectors of picture i and caption j, of length one, and s the inverse temperature, the symmetric contrastive loss is
+Let I_i and T_j be the unit-length embeddings of image i and caption j of a batch, and s the inverse
+temperature. The symmetric contrastive loss is
 
-    loss = ½ (mean_i -log softmax_j(s I_i · T_j) at j = i  +  mean_j -log softmax_i(s I_i · T_j) at i = j)
+    loss = ½ (mean_i -log softmax_j(s I_i · T_j)  at j = i        # the right caption of each image
+              + mean_j -log softmax_i(s I_i · T_j)  at i = j)     # the right image of each caption
 
-(Radford et al., "Learning Transferable Visual Models", 2021, figure 3). In a batch of dishes the same name may come twice; then both
-pictures are right answers for it, and share the target. How good it is tells retrieval: for how many pictures the right name, out of all
-names, is the nearest. What comes out is a checkpoint that cn_clip's own `load_from_name` and text.py's CnClipEncoder read. The file needs
-torch, torchvision and cn_clip and, beside it, batches.py and checkpoint.py.
+(Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
+figure 3). A batch of dishes may have the same caption twice. Both images are then right for it, and
+the target probability is divided between them.
 
->>> vectors = torch.nn.functional.normalize(torch.eye(3), dim=-1)
->>> bool(contrastive_loss(vectors, vectors, torch.tensor(100.0), ["番茄汤", "土豆丝", "炒面"]).abs() < 1e-6)
+The result is measured by retrieval: recall@k is the fraction of images whose own caption is among
+the k nearest of all captions.
+
+`save_cn_clip` writes a checkpoint that cn_clip's `load_from_name` and `CnClipEncoder` of
+networks/text_encoder.py read. The file needs torch, torchvision and cn_clip and, beside it,
+checkpoint.py and data_loader.py; from this package also files.py and networks/weights_io.py.
+
+>>> captions = ["番茄汤", "土豆丝", "炒面"]
+>>> embeddings = torch.eye(3)
+>>> loss = contrastive_loss(embeddings, embeddings, torch.tensor(100.0), captions)
+>>> bool(loss < 1e-6)
 True
->>> recall(vectors, ["番茄汤", "土豆丝", "炒面"], vectors, ["番茄汤", "土豆丝", "炒面"])
+>>> compute_recall(embeddings, captions, embeddings, captions)
 1.0
 """
 
@@ -33,21 +43,28 @@ from ..networks.weights_io import load_weights
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data_loader import infinite_batches
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # of CLIP's training pictures
+# Mean and standard deviation of CLIP's training images, for values in [0, 1].
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_LOG_SCALE = 4.6052                  # log 100: s is at most 100, as in CLIP's training
 
 
-class FinetuneStep(NamedTuple):
-    """One step: its number, its loss, and the model, which goes on learning."""
-
-    index: int
-    loss: float
-    model: torch.nn.Module
+# ---------------------------------------------------------------- model files
 
 
-def load_cn_clip(path, vision: str = "ViT-B-16", text: str = "RoBERTa-wwm-ext-base-chinese") -> torch.nn.Module:
-    """cn_clip's whole model, in eval mode, float32, with `input_resolution`, of a checkpoint of these two towers.
+def load_cn_clip(
+    path, vision: str = "ViT-B-16", text: str = "RoBERTa-wwm-ext-base-chinese"
+) -> torch.nn.Module:
+    """Load cn_clip's whole model from a checkpoint; in eval mode and float32.
 
-    Raises FileNotFoundError, or ValueError for a damaged file and for one of other towers."""
+    path: a checkpoint of cn_clip or of `save_cn_clip`.
+    vision, text: cn_clip's names of the image encoder and of the text encoder in it.
+
+    The model's `input_resolution` is the side of its input images in pixels. Raises
+    FileNotFoundError, or ValueError for a damaged file and for one with other encoders.
+    """
+    import cn_clip.clip
     from cn_clip.clip.utils import create_model
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -55,93 +72,216 @@ def load_cn_clip(path, vision: str = "ViT-B-16", text: str = "RoBERTa-wwm-ext-ba
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from error
-    state = {name.removeprefix("module."): tensor for name, tensor in state.get("state_dict", state).items()}
-    state = {name: tensor for name, tensor in state.items() if "bert.pooler" not in name}
-    with contextlib.redirect_stdout(io.StringIO()):                         # it tells its configuration
+    state = {
+        name.removeprefix("module."): tensor
+        for name, tensor in state.get("state_dict", state).items() if "bert.pooler" not in name
+    }
+    with contextlib.redirect_stdout(io.StringIO()):             # create_model prints its settings
         model = create_model(f"{vision}@{text}").float()
     load_weights(model, state)
-    import cn_clip.clip
-    configuration = Path(cn_clip.clip.__file__).parent / "model_configs" / f"{vision}.json"
-    model.input_resolution = json.loads(configuration.read_text())["image_resolution"]
+    config = Path(cn_clip.clip.__file__).parent / "model_configs" / f"{vision}.json"
+    model.input_resolution = json.loads(config.read_text())["image_resolution"]
     return model.eval()
 
 
 def save_cn_clip(path, model, step: int = 0) -> None:
-    """Write a model with the names of cn_clip's training, in half precision, to which `load_from_name` rounds it anyway."""
-    state = {f"module.{name}": (tensor.half() if tensor.is_floating_point() else tensor).detach().cpu()
-             for name, tensor in model.state_dict().items()}
-    with atomic_path(path) as beside:
-        torch.save({"epoch": 0, "step": step, "name": Path(path).stem, "state_dict": state}, beside)
+    """Save a model as a checkpoint of cn_clip's training, in float16.
+
+    cn_clip's `load_from_name` converts the weights to float16 in any case.
+
+    path: the file to write, usually with the suffix .pt.
+    step: number of training steps, stored in the file.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor = tensor.half()
+        state[f"module.{name}"] = tensor.detach().cpu()
+    checkpoint = {"epoch": 0, "step": step, "name": Path(path).stem, "state_dict": state}
+    with atomic_path(path) as temporary:
+        torch.save(checkpoint, temporary)
 
 
-def encode_images(model, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures uint8 [B, 3, H, W] of any size → vectors of length one, [B, D]."""
-    pictures = F.interpolate(pictures.float() / 255, (model.input_resolution,) * 2, mode="bicubic", antialias=True, align_corners=False)
-    mean, deviation = (torch.tensor(values, device=pictures.device).view(3, 1, 1) for values in (MEAN, STD))
-    return F.normalize(model.encode_image((pictures.clamp(0, 1) - mean) / deviation), dim=-1)
+# ---------------------------------------------------------------- embeddings, loss and recall
+
+
+def encode_images(model, images: torch.Tensor) -> torch.Tensor:
+    """Return the unit-length embeddings [B, D] of images uint8 [B, 3, H, W] of any size."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    size = (model.input_resolution, model.input_resolution)
+    images = F.interpolate(
+        images.float() / 255, size, mode="bicubic", antialias=True, align_corners=False
+    )
+    embeddings = model.encode_image((images.clamp(0, 1) - mean) / std)      # [B, D]
+    return F.normalize(embeddings, dim=-1)
 
 
 def encode_captions(model, captions: list[str]) -> torch.Tensor:
-    """Captions → vectors of length one, [B, D]."""
+    """Return the unit-length embeddings [B, D] of captions."""
     from cn_clip.clip import tokenize
-    return F.normalize(model.encode_text(tokenize(captions).to(model.logit_scale.device)), dim=-1)
+    tokens = tokenize(captions).to(model.logit_scale.device)                # [B, L]
+    return F.normalize(model.encode_text(tokens), dim=-1)
 
 
-def contrastive_loss(pictures: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, captions: list[str]) -> torch.Tensor:
-    """The symmetric loss of vectors [B, D] each; captions that are the same share their targets."""
-    same = torch.tensor([[a == b for b in captions] for a in captions], dtype=pictures.dtype, device=pictures.device)       # [B, B]
-    targets, scores = same / same.sum(dim=1, keepdim=True), scale * pictures @ texts.T
-    return (F.cross_entropy(scores, targets) + F.cross_entropy(scores.T, targets)) / 2
+def contrastive_loss(
+    image_embeddings: torch.Tensor,
+    caption_embeddings: torch.Tensor,
+    scale: torch.Tensor,
+    captions: list[str],
+) -> torch.Tensor:
+    """Return the symmetric contrastive loss of a batch, a scalar.
+
+    image_embeddings, caption_embeddings: unit-length, both [B, D].
+    scale: the inverse temperature s, a scalar.
+    captions: the B captions; equal captions divide the target probability equally.
+    """
+    is_same = torch.tensor(
+        [[a == b for b in captions] for a in captions],
+        dtype=image_embeddings.dtype,
+        device=image_embeddings.device,
+    )                                                                       # [B, B]
+    targets = is_same / is_same.sum(dim=1, keepdim=True)
+    logits = scale * image_embeddings @ caption_embeddings.T                # [B, B]
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def compute_recall(pictures: torch.Tensor, names: list[str], texts: torch.Tensor, captions: list[str], among: int = 1) -> float:
-    """For which share of the pictures [N, D] with their names the right caption is among the nearest of texts [M, D]."""
-    nearest = (pictures @ texts.T).topk(min(among, len(captions)), dim=1).indices.tolist()
-    return sum(name in {captions[j] for j in row} for name, row in zip(names, nearest)) / len(names)
+def compute_recall(
+    image_embeddings: torch.Tensor,
+    image_captions: list[str],
+    caption_embeddings: torch.Tensor,
+    captions: list[str],
+    k: int = 1,
+) -> float:
+    """Return recall@k: the fraction of images whose caption is among the k nearest captions.
+
+    image_embeddings, image_captions: [N, D], and the right caption of each of the N images.
+    caption_embeddings, captions: [M, D], and the M captions to choose from.
+    k: number of nearest captions that count; at most M are used.
+    """
+    similarity = image_embeddings @ caption_embeddings.T                    # [N, M]
+    nearest = similarity.topk(min(k, len(captions)), dim=1).indices.tolist()
+    correct = [
+        caption in {captions[j] for j in indices}
+        for caption, indices in zip(image_captions, nearest)
+    ]
+    return sum(correct) / len(correct)
 
 
 @torch.no_grad()
-def evaluate_retrieval(model, loader, among: int = 1) -> float:
-    """`recall` of all pictures of a loader, (uint8 [B, 3, H, W], captions), among all its distinct captions."""
-    model.eval()
-    device, vectors, names = model.logit_scale.device, [], []
-    for pictures, captions in loader:
-        vectors.append(encode_images(model, pictures.to(device)))
-        names += captions
-    distinct = list(dict.fromkeys(names))
-    texts = torch.cat([encode_captions(model, distinct[i:i + 64]) for i in range(0, len(distinct), 64)])
-    return compute_recall(torch.cat(vectors), names, texts, distinct, among)
+def evaluate_retrieval(model, loader, k: int = 1) -> float:
+    """Return recall@k of all images of a loader among all its distinct captions.
 
-
-def finetune(model, loader, *, steps: int, learning_rate: float = 1e-5, weight_decay: float = 0.001, warmup: int = 20,
-             clip: float = 1.0, checkpoint=None, save_every: int = 100) -> Iterator[FinetuneStep]:
-    """Fine-tune for `steps` steps; yields every step. There is no moving average: the rate falls to zero along a cosine instead.
-
-    loader gives (pictures uint8 [B, 3, H, W], captions), again and again; the more captions a batch has, the more it teaches.
-    checkpoint: a path for the run's state, written every save_every steps and at the end; if it is there, the run goes on from it (the
-    model itself is written by `save_cn_clip`). Raises ValueError for an empty loader, FloatingPointError for a loss that is not finite.
+    loader: (images uint8 [B, 3, H, W], captions) batches, iterated over once.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=weight_decay)
-    device, first = model.logit_scale.device, 0
+    model.eval()
+    device = model.logit_scale.device
+    image_embeddings = []
+    image_captions = []
+    for images, captions in loader:
+        image_embeddings.append(encode_images(model, images.to(device)))
+        image_captions += captions
+    distinct = list(dict.fromkeys(image_captions))
+    caption_embeddings = torch.cat([
+        encode_captions(model, distinct[i:i + 64]) for i in range(0, len(distinct), 64)
+    ])
+    return compute_recall(
+        torch.cat(image_embeddings), image_captions, caption_embeddings, distinct, k
+    )
+
+
+# ---------------------------------------------------------------- training
+
+
+class FinetuneStep(NamedTuple):
+    """One training step.
+
+    index: number of the step, from 0.
+    loss: the contrastive loss of its batch.
+    model: the model that is being trained, in eval mode until the next step.
+    """
+
+    index: int
+    loss: float
+    model: torch.nn.Module
+
+
+def finetune(
+    model,
+    loader,
+    *,
+    steps: int,
+    learning_rate: float = 1e-5,
+    weight_decay: float = 0.001,
+    warmup: int = 20,
+    clip: float = 1.0,
+    checkpoint=None,
+    save_every: int = 100,
+) -> Iterator[FinetuneStep]:
+    """Fine-tune a model for `steps` steps with AdamW and yield every step.
+
+    There is no moving average of the weights; instead the learning rate falls to 0 along a cosine.
+
+    model: from `load_cn_clip`; trained in place, on the device where it is.
+    loader: (images uint8 [B, 3, H, W], captions) batches; it is iterated over repeatedly. Every
+        other caption of a batch is a negative example, so larger batches teach more.
+    learning_rate: the peak rate.
+    weight_decay: of AdamW.
+    warmup: steps over which the rate rises linearly to its peak.
+    clip: largest norm of the gradient; a longer gradient is scaled down to it.
+    checkpoint: path of the training's state, written every `save_every` steps and at the end. If
+        the file exists, the training resumes from it. The model alone is saved by `save_cn_clip`.
+
+    Raises ValueError if the loader yields no batch, FloatingPointError if the loss is not finite.
+    """
+    device = model.logit_scale.device
+    optimizer = torch.optim.AdamW(
+        model.parameters(), learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=weight_decay
+    )
+
+    # Resume from the checkpoint, if there is one.
+    first_index = 0
     if checkpoint is not None and Path(checkpoint).exists():
         saved = load_checkpoint(checkpoint, device)
         load_weights(model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["index"]
-    for index, (pictures, captions) in zip(range(first, steps), infinite_batches(loader, first)):
+        first_index = saved["index"]
+
+    batches = infinite_batches(loader, first_index)
+    for index, (images, captions) in zip(range(first_index, steps), batches):
+        # The loss.
         model.train()
-        loss = contrastive_loss(encode_images(model, pictures.to(device)), encode_captions(model, list(captions)),
-                                model.logit_scale.exp(), list(captions))
+        captions = list(captions)
+        loss = contrastive_loss(
+            encode_images(model, images.to(device)),
+            encode_captions(model, captions),
+            model.logit_scale.exp(),
+            captions,
+        )
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {index}; a lower learning_rate than {learning_rate} may help")
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {index}; "
+                f"try a learning_rate below {learning_rate}"
+            )
+
+        # The optimizer step, with linear warm-up and cosine decay of the learning rate.
+        rising = min(1, (index + 1) / max(warmup, 1))
+        falling = 1 + math.cos(math.pi * index / steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (index + 1) / max(warmup, 1)) * (1 + math.cos(math.pi * index / steps)) / 2
+            group["lr"] = learning_rate * rising * falling / 2
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, 4.6052)                             # s is at most 100, as in CLIP's training
+            model.logit_scale.clamp_(0, MAX_LOG_SCALE)
+
+        # Save, and yield the step.
         if checkpoint is not None and ((index + 1) % save_every == 0 or index + 1 == steps):
-            save_checkpoint(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "index": index + 1})
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "index": index + 1,
+            }
+            save_checkpoint(checkpoint, state)
         yield FinetuneStep(index, loss.item(), model.eval())

@@ -1,21 +1,28 @@
-"""What every training run has around its step: precision, optimizers and their rates, a moving average, a clock, checkpoints.
+"""Optimizers, their learning rates, gradient clipping, and the test for a plateau.
 
-    rate     of step i:  peak · min(1, (i + 1) / warmup) · min(1, (1 - progress) / decay)
-    average  ema ← ema + (1 - d) (weights - ema),  d = min(`ema`, (1 + i) / (10 + i))      (Ho et al. 2020, appendix B)
-    several  the gradient of W processes is the mean of theirs, so they learn as one process with a batch W times as large
+AdamW trains all parameters; or Muon trains the matrices and AdamW the rest. Each optimizer is
+paired with its peak learning rate eta. At step i its learning rate is
 
-accelerate knows the device, the precision and the other processes. The file needs torch and accelerate and, beside it, checkpoint.py and
-muon.py.
+    eta_i = eta · lr_multiplier        from 0 to 1: TrainingClock.lr_multiplier in progress.py
+
+A gradient g of all parameters whose norm exceeds c is clipped to g ← c g / |g|.
+
+Training has plateaued if the mean loss of the last n steps is not below the mean of the n steps
+before by more than the standard error of the difference, with s² the sample variances:
+
+    mean_previous - mean_recent < sqrt((s²_previous + s²_recent) / n)
+
+The file needs torch and, beside it, muon.py.
 
 >>> layer = torch.nn.Linear(4, 4)
->>> (adamw, peak), (muon, muon_peak) = optimizers_of(list(layer.parameters()), 1e-3, muon_learning_rate=2e-3)
->>> set_rates([(adamw, peak), (muon, muon_peak)], factor=0.5)
->>> [group["lr"] for optimizer in (adamw, muon) for group in optimizer.param_groups]
+>>> optimizers = build_optimizers(list(layer.parameters()), 1e-3, muon_learning_rate=2e-3)
+>>> [(type(optimizer).__name__, peak) for optimizer, peak in optimizers]
+[('AdamW', 0.001), ('Muon', 0.002)]
+>>> set_learning_rates(optimizers, lr_multiplier=0.5)
+>>> [optimizer.param_groups[0]["lr"] for optimizer, _ in optimizers]
 [0.0005, 0.001]
->>> clock = Clock(steps=4)
->>> for _ in range(3): clock.tick(pictures=8)
->>> clock.progress, clock.lr_multiplier(warmup=10, decay=0.5)
-(0.75, 0.2)
+>>> has_plateaued([0.5, 0.4, 0.3, 0.2], window=2), has_plateaued([0.2, 0.3, 0.2, 0.3], window=2)
+(False, True)
 """
 
 import statistics
@@ -25,33 +32,59 @@ import torch
 from .muon import Muon
 
 
-def build_optimizers(weights, learning_rate: float, muon_learning_rate: float | None = None, weight_decay: float = 0.01) -> list[tuple]:
-    """[(AdamW, its peak rate)], or, with muon_learning_rate, AdamW for biases and scales and Muon for matrices, each with its peak rate."""
-    matrices = [weight for weight in weights if weight.ndim > 1] if muon_learning_rate else []
-    others = [weight for weight in weights if weight.ndim < 2] if muon_learning_rate else weights
-    adamw = torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+def build_optimizers(
+    parameters,
+    learning_rate: float,
+    muon_learning_rate: float | None = None,
+    weight_decay: float = 0.01,
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """AdamW and, with a `muon_learning_rate`, Muon; each with its peak learning rate.
+
+    parameters: list of the parameters to train.
+    learning_rate: AdamW's peak learning rate.
+    muon_learning_rate: if given, Muon trains the parameters of two or more dimensions.
+    weight_decay: of both optimizers.
+    """
+    matrices = []
+    others = parameters
+    if muon_learning_rate:
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        others = [parameter for parameter in parameters if parameter.ndim < 2]
+    adamw = torch.optim.AdamW(
+        others, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
     if not matrices:
         return [(adamw, learning_rate)]
-    return [(adamw, learning_rate), (Muon(matrices, muon_learning_rate, weight_decay=weight_decay), muon_learning_rate)]
+    muon = Muon(matrices, muon_learning_rate, weight_decay=weight_decay)
+    return [(adamw, learning_rate), (muon, muon_learning_rate)]
 
 
-def set_learning_rates(optimizers: list[tuple], factor: float) -> None:
-    """Each optimizer's rate becomes `factor` times its peak."""
+def set_learning_rates(optimizers: list[tuple], lr_multiplier: float) -> None:
+    """Set the learning rate of each (optimizer, peak) to `lr_multiplier` times its peak."""
     for optimizer, peak in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = factor * peak
+            group["lr"] = lr_multiplier * peak
 
 
-def clip_grad_norm(weights, norm: float, clip: float) -> None:
-    """Gradients of the length `norm` all together become `clip` long, if they are longer; most are not, and then nothing is touched."""
-    if norm > clip:
-        torch.nn.utils.clip_grads_with_norm_(weights, clip, torch.tensor(norm))
+def clip_grad_norm(parameters, norm: float, max_norm: float) -> None:
+    """Scale the gradients in place so that their total norm is at most `max_norm`.
+
+    `norm` is the total norm, which the caller has computed already. Gradients that are short
+    enough, as most are, are not touched.
+    """
+    if norm > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
 
 
 def has_plateaued(losses: list[float], window: int) -> bool:
-    """Whether the mean of the last `window` losses is not below that of the window before by more than its standard error."""
+    """Whether the loss has stopped falling; see the test at the top of the file.
+
+    losses: the losses of all steps, oldest first.
+    window: the number n of steps in each of the two windows; with fewer than 2 n losses: False.
+    """
     if len(losses) < 2 * window:
         return False
-    last, before = losses[-window:], losses[-2 * window:-window]
-    error = ((statistics.variance(last) + statistics.variance(before)) / window) ** 0.5
-    return statistics.fmean(before) - statistics.fmean(last) < error
+    recent = losses[-window:]
+    previous = losses[-2 * window:-window]
+    error = ((statistics.variance(recent) + statistics.variance(previous)) / window) ** 0.5
+    return statistics.fmean(previous) - statistics.fmean(recent) < error

@@ -1,232 +1,408 @@
-"""What a run tells while it works: a function from steps to steps, to be put around any training that yields them.
+"""Progress of a training: a progress bar, a CSV log, its curves, TensorBoard, and a clock.
 
-    for step in watched(train(...), csv="out/run.csv", log_every=10): ...
+`track_progress` wraps any generator of training steps and yields the same steps:
 
-A bar shows the loss, pictures a second and the time that is left; sentences of the run stand above it. The CSV has a row every `every`
-steps, whose columns are the steps' numbers and whatever `look`, called now and then, returns; pandas reads it, and beside it lies a PNG of
-its curves. A run that was killed and goes on takes out the rows after its checkpoint, and half rows, before it writes on: each step stands
-there once. With `tensorboard` the same numbers go to TensorBoard, too. The file needs tqdm and matplotlib and, for TensorBoard, torch and
-tensorboard.
+    for step in track_progress(train(...), csv="out/log.csv", log_every=10):
+        ...
 
->>> import tempfile, os
+- The bar shows the loss, the images per second and the time left. Warnings and notes of the
+  training appear above it.
+- The CSV has a row every `log_every` steps. A row holds the step's scalar fields and the values
+  that `evaluate` returns every few minutes. A PNG beside the CSV shows its curves.
+- TensorBoard gets the same values as the CSV.
+
+A resumed training continues its CSV. Rows of steps after the checkpoint and an incomplete last
+row are removed first, so that no step is logged twice.
+
+`TrainingClock` measures how far a training has come. The multiplier of the learning rate at step
+i follows from it, with warm-up at the start and linear decay at the end:
+
+    lr_multiplier = min(1, (i + 1) / warmup) · min(1, (1 - progress) / decay)
+
+The file needs tqdm and matplotlib and, from this package, files.py. TensorBoard also needs torch
+and tensorboard.
+
+>>> import os, tempfile
 >>> from collections import namedtuple
 >>> Step = namedtuple("Step", "index loss smooth_loss seconds progress images_per_second note")
 >>> steps = (Step(i, 1 / (i + 1), 1 / (i + 1), float(i), (i + 1) / 4, 8.0, "") for i in range(4))
->>> path = os.path.join(tempfile.mkdtemp(), "run.csv")
->>> for step in watched(steps, csv=path, log_every=2, show_progress=False): pass
+>>> path = os.path.join(tempfile.mkdtemp(), "log.csv")
+>>> for step in track_progress(steps, csv=path, log_every=2, show_progress=False):
+...     pass
 >>> print(open(path).read().splitlines()[0])
 index,loss,smooth_loss,seconds,progress,images_per_second,note
->>> [row["index"] for row in rows(path)]
+>>> [row["index"] for row in read_rows(path)]
 ['0', '2', '3']
 """
 
 import contextlib
-import csv as table
 import io
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from csv import DictReader, DictWriter
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-OLD_COLUMNS = {"pictures_per_second": "images_per_second", "fidelity": "prompt_accuracy"}              # of an earlier version
-CURVES = {"loss": {"smooth_loss": "all", "quartile_1": "least noise", "quartile_2": "less noise", "quartile_3": "more noise",
-                   "quartile_4": "most noise"},
-          "learning rate": {"learning_rate": ""}, "prompt accuracy": {"prompt_accuracy": ""}}
+from ..files import atomic_path, write_atomically
+
+# Column names of earlier versions → those of this version.
+OLD_COLUMNS = {"pictures_per_second": "images_per_second", "fidelity": "prompt_accuracy"}
+
+# What `plot_curves` draws: label of the vertical axis → {column: label of its curve}.
+CURVES = {
+    "loss": {
+        "smooth_loss": "all",
+        "quartile_1": "least noise",
+        "quartile_2": "less noise",
+        "quartile_3": "more noise",
+        "quartile_4": "most noise",
+    },
+    "learning rate": {"learning_rate": ""},
+    "prompt accuracy": {"prompt_accuracy": ""},
+}
+
+
+# ---------------------------------------------------------------- CSV log
 
 
 def scalar_fields(step) -> dict:
-    """A step's fields that are numbers or text, by name; those that are tuples of numbers as name_1, name_2, …"""
+    """Return the fields of a training step that a log can hold, as {column: value}.
+
+    step: a NamedTuple. Numbers and strings keep their name. A tuple `quartiles` becomes the
+        columns quartile_1, quartile_2, … The items of a dict become columns of their own. Other
+        fields, such as networks, are left out.
+    """
     row = {}
     for name, value in step._asdict().items():
         if isinstance(value, (int, float, str)):
             row[name] = value
         elif isinstance(value, tuple):
-            row |= {f"{name.removesuffix('s')}_{i}": part for i, part in enumerate(value, 1)}
+            singular = name.removesuffix("s")
+            row |= {f"{singular}_{i}": element for i, element in enumerate(value, 1)}
         elif isinstance(value, dict):
             row |= value
     return row
 
 
 def read_rows(path) -> list[dict]:
-    """The whole rows of a CSV, as text; none where there is no file. A killed run may have left half a row at its end."""
+    """Read the complete rows of a CSV log as {column: text}; an empty list if there is no file.
+
+    An incomplete last row, which a killed training may leave, is ignored.
+    """
     if not Path(path).exists():
         return []
     text = Path(path).read_text("utf-8")
-    rows = table.DictReader(io.StringIO(text[:text.rfind("\n") + 1]))
-    return [{OLD_COLUMNS.get(name, name): value for name, value in row.items()} for row in rows]
+    complete_lines = text[:text.rfind("\n") + 1]
+    return [
+        {OLD_COLUMNS.get(name, name): value for name, value in row.items()}
+        for row in DictReader(io.StringIO(complete_lines))
+    ]
 
 
 class CsvLog:
-    """A CSV that a run writes and a later one goes on with, from step `first` on. columns: what there may be beside a step's own."""
+    """A CSV log that a resumed training continues.
 
-    def __init__(self, path, step: dict, columns: Iterable[str] = ()):
-        kept = [row for row in read_rows(path) if int(row["index"]) < step["index"]]
-        self.columns = list(dict.fromkeys([*(kept[0] if kept else ()), *step, *columns]))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(f"{path}.writing")
-        with open(beside, "w", newline="", encoding="utf-8") as file:
-            writer = table.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(kept)
-        beside.replace(path)
+    path: the file; its folder is created if it is missing. Rows in it of earlier steps are kept.
+    first_row: {column: value} of the first step to log, with "index". It is not written by the
+        constructor.
+    extra_columns: columns that later rows may have and the first row may not.
+    """
+
+    def __init__(self, path, first_row: dict, extra_columns: Iterable[str] = ()):
+        earlier_rows = [row for row in read_rows(path) if int(row["index"]) < first_row["index"]]
+        earlier_columns = earlier_rows[0] if earlier_rows else ()
+        self.columns = list(dict.fromkeys([*earlier_columns, *first_row, *extra_columns]))
+
+        text = io.StringIO(newline="")
+        writer = DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(earlier_rows)
+        write_atomically(path, text.getvalue().encode("utf-8"))
+
         self.file = open(path, "a", newline="", encoding="utf-8")
-        self.writer = table.DictWriter(self.file, self.columns, extrasaction="ignore")
+        self.writer = DictWriter(self.file, self.columns, extrasaction="ignore")
 
     def write(self, row: dict) -> None:
+        """Append a row and flush the file; columns that the log does not have are left out."""
         self.writer.writerow(row)
         self.file.flush()
 
 
+# ---------------------------------------------------------------- curves
+
+
 def plot_curves(path) -> Figure:
-    """A CSV's numbers over the steps, as far as it has them: the smoothed loss, all of it and that of each quarter of the schedule, the
-    learning rate, the fidelity. Where one phase followed upon another there is a line."""
-    table = read_rows(path)
-    names = [name for name in CURVES if any(row.get(column) for row in table for column in CURVES[name])]
-    figure = Figure(figsize=(8, 1 + 2.5 * len(names)), layout="tight")
-    for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0] if names else (), names):
-        for column, label in CURVES[name].items():
-            points = [(int(row["index"]), float(row[column])) for row in table if row.get(column)]
+    """Plot the columns of a CSV log over the steps, with one pair of axes for each entry of CURVES.
+
+    An entry of which the log has no values gets no axes. A dotted vertical line marks each change
+    of the column `phase`, such as the switch from AdamW to SGD.
+    """
+    rows = read_rows(path)
+    titles = [
+        title for title, labels in CURVES.items()
+        if any(row.get(column) for row in rows for column in labels)
+    ]
+    figure = Figure(figsize=(8, 1 + 2.5 * len(titles)), layout="tight")
+    if not titles:
+        return figure
+    all_axes = figure.subplots(len(titles), sharex=True, squeeze=False)[:, 0]
+
+    for axes, title in zip(all_axes, titles):
+        for column, label in CURVES[title].items():
+            points = [(int(row["index"]), float(row[column])) for row in rows if row.get(column)]
             if points:
                 axes.plot(*zip(*points), "." if len(points) == 1 else "-", label=label)
-        for before, row in zip(table, table[1:]):
-            if before.get("phase") != row.get("phase"):
+        for previous, row in zip(rows, rows[1:]):
+            if previous.get("phase") != row.get("phase"):
                 axes.axvline(int(row["index"]), color="grey", linestyle=":", label=row["phase"])
-        axes.set(xlabel="step", ylabel=name, yscale="linear" if name == "prompt accuracy" else "log")
-        if name == "loss":
+        scale = "linear" if title == "prompt accuracy" else "log"
+        axes.set(xlabel="step", ylabel=title, yscale=scale)
+        if title == "loss":
             axes.legend(fontsize=8, framealpha=0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
 def save_curves(path) -> None:
-    """The curves of path.csv, written as path.png beside it and renamed."""
-    beside = Path(path).with_suffix(".png.writing")
-    plot_curves(path).savefig(beside, format="png", dpi=100)
-    beside.replace(Path(path).with_suffix(".png"))
+    """Save the curves of the CSV log `path` as a PNG file of the same name beside it."""
+    with atomic_path(Path(path).with_suffix(".png")) as temporary:
+        plot_curves(path).savefig(temporary, format="png", dpi=100)
+
+
+# ---------------------------------------------------------------- progress bar and logging
 
 
 def tensorboard_writer(folder):
-    """TensorBoard's writer into a folder. Raises ModuleNotFoundError, saying what to install, where the library is missing."""
+    """Open a TensorBoard SummaryWriter that writes to `folder`.
+
+    Raises ModuleNotFoundError if TensorBoard is missing, and names the command that installs it.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ModuleNotFoundError(f"TensorBoard is not installed: `pip install tensorboard`, or leave it out; the CSV has the same numbers "
-                                  f"({error})") from error
+        raise ModuleNotFoundError(
+            "TensorBoard is not installed: run `pip install tensorboard`, or use the CSV log, "
+            f"which has the same values ({error})"
+        ) from error
     return SummaryWriter(str(folder))
 
 
 @contextlib.contextmanager
 def close_all() -> Iterator[list]:
-    """A list of what is to be closed at the end, however that comes. Where the disk is still full then, a sentence says so."""
+    """Yield an empty list; close the objects in it at the end, also after an error.
+
+    Closing a file writes what is still buffered. If the disk is full, a message says so.
+    """
     opened = []
     try:
         yield opened
     finally:
-        for each in opened:
+        for file in opened:
             try:
-                each.close()                                                # which writes once more what could not be written before
+                file.close()
             except OSError as error:
                 tqdm.write(f"the end of the log could not be written: {error}")
 
 
-def track_progress(steps: Iterable, csv=None, tensorboard=None, log_every: int = 10, evaluate: Callable | None = None, sample_minutes: float = 2.0,
-            extra_columns: Iterable[str] = (), show_progress: bool = True, description: str = "training") -> Iterator:
-    """The same steps, with a bar, a CSV and TensorBoard beside them. steps: NamedTuples with index, loss or smooth_loss, seconds, progress
-    and images_per_second, such as train's and train_autoencoder's.
+def track_progress(
+    steps: Iterable,
+    csv=None,
+    tensorboard=None,
+    log_every: int = 10,
+    evaluate: Callable | None = None,
+    evaluate_minutes: float = 2.0,
+    extra_columns: Iterable[str] = (),
+    show_progress: bool = True,
+    description: str = "training",
+) -> Iterator:
+    """Yield the same steps; show a progress bar and log to a CSV file and to TensorBoard.
 
-    csv, tensorboard: a file and a folder, None for none. look: step → {name: number}, called every sample_minutes minutes of training and at
-    the end, to draw samples or to measure; looks: the names that it may return. As often the CSV's curves are drawn. Where the disk is full
-    a sentence says so, and the training goes on without what could not be written.
+    steps: NamedTuples with index, loss, seconds, progress (0 to 1) and images_per_second, such as
+        those of `train` and `train_autoencoder`. smooth_loss and note are used if they exist.
+    csv: path of the CSV log, or None for no log. A PNG file beside it shows its curves.
+    tensorboard: folder for TensorBoard's files, or None for no TensorBoard.
+    log_every: log the steps whose index is a multiple of this number. The last step and steps
+        with a note or an evaluation are always logged.
+    evaluate: step → {column: value}. Its values are logged; it may also write sample images.
+    evaluate_minutes: minutes of training between two evaluations. There is one at the end, too.
+        The curves are drawn at the same times, also without `evaluate`.
+    extra_columns: names of the values that `evaluate` may return.
+    show_progress: whether the bar is shown. Messages appear in any case.
+    description: the text at the start of the bar.
+
+    If a file cannot be written, for example on a full disk, a message says so and the training
+    continues.
     """
-    board, log, looked, told, steps = tensorboard_writer(tensorboard) if tensorboard else None, None, None, set(), iter(steps)
-    shape = "{percentage:3.0f}%|{bar}| {desc}"
-    with close_all() as opened, tqdm(total=100, desc=description, bar_format=shape, disable=not show_progress) as line:
-        opened += [board] if board is not None else []
+    steps = iter(steps)
+    board = tensorboard_writer(tensorboard) if tensorboard else None
+    log = None
+    last_evaluation = None              # in seconds of training
+    shown_messages = set()
+    bar_format = "{percentage:3.0f}%|{bar}| {desc}"
+    with (
+        close_all() as opened,
+        tqdm(total=100, desc=description, bar_format=bar_format, disable=not show_progress) as bar,
+    ):
+        if board is not None:
+            opened.append(board)
         while True:
-            with warnings.catch_warnings(record=True) as warned:
-                step = next(steps, None)
-            sentences = [str(warning.message) for warning in warned] + [getattr(step, "note", "")]
-            for sentence in dict.fromkeys(sentences):                       # above the bar, and each once
-                if sentence and sentence not in told:
-                    line.write(sentence)
-                told.add(sentence)
+            # Compute the next step and show its messages above the bar, each message once.
+            step, messages = _next_step(steps)
+            for message in messages:
+                if message not in shown_messages:
+                    bar.write(message)
+                shown_messages.add(message)
             if step is None:
                 break
-            row, last = scalar_fields(step), step.progress >= 1
-            looked = step.seconds if looked is None else looked
-            left, loss = step.seconds * (1 / max(step.progress, 1e-9) - 1), row.get("smooth_loss", row["loss"])
-            line.set_description_str(f"{description}, step {step.index}, loss {loss:.4f}, {step.images_per_second:.0f} pictures/s, "
-                                     f"{left / 60:.1f} min left", refresh=False)
-            line.update(100 * step.progress - line.n)
+            is_last = step.progress >= 1
+
+            # Move the bar.
+            bar.set_description_str(f"{description}, {_format_status(step)}", refresh=False)
+            bar.update(100 * step.progress - bar.n)
+
+            # Evaluate, log and draw the curves.
+            if last_evaluation is None:
+                last_evaluation = step.seconds
+            evaluation_due = is_last or step.seconds > last_evaluation + 60 * evaluate_minutes
+            row = scalar_fields(step)
             try:
-                due = last or step.seconds > looked + 60 * sample_minutes
-                if due:
-                    looked = step.seconds
-                    row |= evaluate(step) if evaluate is not None else {}
-                if step.index % log_every == 0 or last or row.get("note") or (due and evaluate is not None):
+                if evaluation_due:
+                    last_evaluation = step.seconds
+                    if evaluate is not None:
+                        row |= evaluate(step)
+                evaluated = evaluation_due and evaluate is not None
+                if step.index % log_every == 0 or is_last or row.get("note") or evaluated:
+                    if csv is not None and log is None:
+                        log = CsvLog(csv, row, extra_columns)
+                        opened.append(log.file)
                     if csv is not None:
-                        if log is None:
-                            log = CsvLog(csv, row, extra_columns)
-                            opened.append(log.file)
                         log.write(row)
-                    for name, value in row.items() if board is not None else ():
-                        if isinstance(value, (int, float)):
-                            board.add_scalar(name, value, step.index)
-                if due and log is not None:
+                    if board is not None:
+                        _add_scalars(board, row, step.index)
+                if evaluation_due and log is not None:
                     save_curves(csv)
             except OSError as error:
-                line.write(f"step {step.index} could not be written down, and the training goes on: {error}")
+                bar.write(f"step {step.index} could not be logged; the training continues: {error}")
             yield step
 
 
+def _next_step(steps: Iterator) -> tuple:
+    """Return (next step, messages): its warnings and its note. At the end the step is None."""
+    with warnings.catch_warnings(record=True) as caught:
+        step = next(steps, None)
+    messages = [str(warning.message) for warning in caught] + [getattr(step, "note", "")]
+    return step, [message for message in messages if message]
+
+
+def _format_status(step) -> str:
+    """Return what the bar shows of a step: its index, its loss, the speed and the time left."""
+    loss = getattr(step, "smooth_loss", step.loss)
+    seconds_left = step.seconds * (1 / max(step.progress, 1e-9) - 1)
+    return (
+        f"step {step.index}, loss {loss:.4f}, {step.images_per_second:.0f} images/s, "
+        f"{seconds_left / 60:.1f} min left"
+    )
+
+
+def _add_scalars(board, row: dict, index: int) -> None:
+    """Write the numbers of a row to TensorBoard."""
+    for name, value in row.items():
+        if isinstance(value, (int, float)):
+            board.add_scalar(name, value, index)
+
+
+# ---------------------------------------------------------------- clock
+
+
 class TrainingClock:
-    """How far a run is, in steps and in seconds. What the caller does between two steps is no training time; what was before a break is."""
+    """Counts the steps, images and seconds of a training.
+
+    The seconds of a resumed training include those before the interruption. Time inside `paused`,
+    such as the caller's work between two steps, does not count.
+
+    steps: number of steps of the whole training, at least 1.
+    minutes: limit of the training time, above 0; None for no limit.
+    save_seconds: seconds of training between two checkpoints.
+
+    The attributes `index`, the number of finished steps, and `seconds`, the training time at the
+    end of the last one, are public. Raises ValueError for steps or minutes out of range.
+
+    >>> clock = TrainingClock(steps=4)
+    >>> for _ in range(3):
+    ...     clock.tick(images=8)
+    >>> clock.progress, clock.lr_multiplier(warmup=10, decay=0.5)
+    (0.75, 0.2)
+    """
 
     def __init__(self, steps: int, minutes: float | None = None, save_seconds: float = 30):
-        """Raises ValueError for no steps and no time."""
         if steps < 1 or (minutes is not None and minutes <= 0):
-            raise ValueError(f"a training takes at least a step and some time, not steps={steps}, minutes={minutes}")
-        self.steps, self.minutes, self.save_seconds = steps, minutes, save_seconds
+            raise ValueError(
+                "a training needs at least one step and more than 0 minutes, "
+                f"not steps={steps}, minutes={minutes}"
+            )
+        self.steps = steps
+        self.minutes = minutes
+        self.save_seconds = save_seconds
         self.start()
 
     def start(self, index: int = 0, seconds: float = 0.0) -> None:
-        """It begins now; index, seconds: of a run that goes on."""
-        self.index, self.seconds, self.before, self.saved_at = index, seconds, seconds, seconds
-        self.seen, self.started = 0, time.perf_counter()
+        """Start the clock; index, seconds: where a resumed training continues."""
+        self.index = index
+        self.seconds = seconds
+        self._resumed_at = seconds
+        self._saved_at = seconds
+        self._images = 0                # since the start or the resumption
+        self._started = time.perf_counter()
 
     @property
     def progress(self) -> float:
-        """From 0 to 1, of the steps or of the minutes, whichever is further."""
-        return min(max(self.index / self.steps, self.seconds / (60 * self.minutes) if self.minutes else 0.0), 1.0)
+        """Fraction of the steps or of the minutes that is done, whichever is larger, 0 to 1."""
+        fraction_of_steps = self.index / self.steps
+        fraction_of_time = self.seconds / (60 * self.minutes) if self.minutes else 0.0
+        return min(max(fraction_of_steps, fraction_of_time), 1.0)
 
     @property
     def images_per_second(self) -> float:
-        return self.seen / max(self.seconds - self.before, 1e-9)
+        """Mean speed since the start, or since the training was resumed."""
+        return self._images / max(self.seconds - self._resumed_at, 1e-9)
 
     def lr_multiplier(self, warmup: int, decay: float) -> float:
-        """By how much a rate is below its peak. decay: the share of the run over which it falls to zero."""
-        return min(1, (self.index + 1) / max(warmup, 1)) * min(1, (1 - self.progress) / max(decay, 1e-9))
+        """Return the learning rate of the next step as a fraction of its peak, 0 to 1.
+
+        warmup: number of steps over which the rate rises linearly to its peak.
+        decay: fraction of the training at its end over which the rate falls linearly to 0.
+        """
+        rising = min(1, (self.index + 1) / max(warmup, 1))
+        falling = min(1, (1 - self.progress) / max(decay, 1e-9))
+        return rising * falling
 
     def now(self) -> float:
-        """Seconds of training so far."""
-        return self.before + time.perf_counter() - self.started
+        """Return the training time up to this moment, in seconds."""
+        return self._resumed_at + time.perf_counter() - self._started
 
     def tick(self, images: int, seconds: float | None = None) -> None:
-        """A step is done. seconds: what it is by the common clock of several processes, else by this one's."""
-        self.index, self.seen, self.seconds = self.index + 1, self.seen + images, self.now() if seconds is None else seconds
+        """Count a finished step.
+
+        images: number of images in the step's batch, over all processes.
+        seconds: training time that all processes agreed on; None takes this process's own clock.
+        """
+        self.index += 1
+        self._images += images
+        self.seconds = self.now() if seconds is None else seconds
 
     def is_save_due(self) -> bool:
-        """Whether save_seconds have passed since this last was so."""
-        due = self.seconds - self.saved_at > self.save_seconds
-        self.saved_at = self.seconds if due else self.saved_at
+        """Return whether save_seconds have passed since the last call that returned True."""
+        due = self.seconds - self._saved_at > self.save_seconds
+        if due:
+            self._saved_at = self.seconds
         return due
 
     @contextlib.contextmanager
-    def paused(self):
-        """What is done inside takes no time."""
-        paused = time.perf_counter()
+    def paused(self) -> Iterator[None]:
+        """Stop the clock inside the `with` block."""
+        pause_started = time.perf_counter()
         yield
-        self.started += time.perf_counter() - paused
+        self._started += time.perf_counter() - pause_started

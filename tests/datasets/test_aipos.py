@@ -1,3 +1,5 @@
+"""AiposFood: folders of photographs, damaged files, orientation."""
+
 from pathlib import Path
 
 import numpy as np
@@ -18,61 +20,81 @@ HOWTOCOOK = Path(__file__).parents[3] / "shared" / "data" / "howtocook"
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, size in (("番茄炒鸡蛋", (90, 60)), ("土豆汤", (50, 80))):
+    """Two dishes with two photographs each."""
+    for name, (width, height) in (("番茄炒鸡蛋", (90, 60)), ("土豆汤", (50, 80))):
         (tmp_path / name).mkdir()
         for i in range(2):
-            pixels = np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+            rng = np.random.default_rng(i)
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.jpg")
     return tmp_path
 
 
-def test_a_folder_for_each_dish(folder):
+def test_each_folder_is_a_dish_name(folder):
     food = AiposFood(folder, size=32)
-    assert len(food) == 4 and food.captions == ["土豆汤", "土豆汤", "番茄炒鸡蛋", "番茄炒鸡蛋"] and food.skipped == 0
-    picture, name = food[3]
-    assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8 and name == "番茄炒鸡蛋"
+    assert len(food) == 4
+    assert food.captions == ["土豆汤", "土豆汤", "番茄炒鸡蛋", "番茄炒鸡蛋"]
+    assert food.skipped == 0
+    image, caption = food[3]
+    assert image.shape == (3, 32, 32)
+    assert image.dtype == torch.uint8
+    assert caption == "番茄炒鸡蛋"
 
 
 def test_damaged_files_are_skipped_by_name_and_counted(folder):
-    whole = (folder / "土豆汤" / "0.jpg").read_bytes()
-    (folder / "土豆汤" / "half.jpg").write_bytes(whole[:len(whole) // 2])
-    (folder / "土豆汤" / "notes.jpg").write_text("no picture")
+    complete = (folder / "土豆汤" / "0.jpg").read_bytes()
+    (folder / "土豆汤" / "half.jpg").write_bytes(complete[: len(complete) // 2])
+    (folder / "土豆汤" / "notes.jpg").write_text("not an image")
     (folder / "土豆汤" / "empty.png").touch()
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning) as warnings:
         food = AiposFood(folder, size=32)
-    assert len(food) == 4 and food.skipped == 3
+    assert len(food) == 4
+    assert food.skipped == 3
     for name in ("half.jpg", "notes.jpg", "empty.png"):
-        assert sum(name in str(w.message) for w in warned) == 1
+        assert sum(name in str(warning.message) for warning in warnings) == 1
     assert len([food[i] for i in range(4)]) == 4
 
 
-def test_a_photograph_is_turned_upright_and_its_middle_taken(tmp_path):
+def test_a_photograph_is_rotated_upright_and_cropped_to_its_centre(tmp_path):
     (tmp_path / "汤").mkdir()
     pixels = np.zeros((40, 80, 3), np.uint8)
-    pixels[:, 40:] = 255                                                   # dark left, bright right
+    pixels[:, 40:] = 255  # dark on the left, bright on the right
     exif = Image.Exif()
-    exif[0x0112] = 6                                                       # the camera was turned: rotate by 90° to the right
+    exif[0x0112] = 6  # orientation: rotate by 90° clockwise to display
     Image.fromarray(pixels).save(tmp_path / "汤" / "1.jpg", exif=exif)
-    picture, _ = AiposFood(tmp_path, size=32)[0]
-    assert picture[:, :12].float().mean() < 20 and picture[:, 20:].float().mean() > 235
+    image, _ = AiposFood(tmp_path, size=32)[0]
+    assert image[:, :12].float().mean() < 20
+    assert image[:, 20:].float().mean() > 235
 
 
-def test_empty_and_missing_folders_are_named(tmp_path):
+def test_errors_name_empty_and_missing_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         AiposFood(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no picture in"):
+    with pytest.raises(FileNotFoundError, match="no image in"):
         AiposFood(tmp_path)
 
 
 @pytest.mark.skipif(not HOWTOCOOK.is_dir(), reason=f"no photographs of dishes at {HOWTOCOOK}")
-def test_real_photographs_train_for_a_few_steps():
+def test_a_network_learns_from_real_photographs_in_a_few_steps():
     food = AiposFood(HOWTOCOOK, size=64)
-    assert len(food) > 100 and food.skipped == 0
+    assert len(food) > 100
+    assert food.skipped == 0
     torch.manual_seed(0)
     encoder = CharacterEncoder("".join(food.captions), dim=32, layers=1)
     network = UNet(channels=(32, 64), blocks=1, patch=4, context_dim=32, pooled=True)
-    loader = torch.utils.data.DataLoader([food[i] for i in range(len(food))], 16, shuffle=True, drop_last=True)
+    pairs = [food[i] for i in range(len(food))]
+    loader = torch.utils.data.DataLoader(pairs, 16, shuffle=True, drop_last=True)
     diffusion = GaussianDiffusion(NoiseSchedule.cosine(1000), "x0")
-    losses = [step.loss for step in train(network, diffusion, loader, encoder, steps=40, learning_rate=2e-3, muon_learning_rate=3e-3,
-                                          warmup=4, accelerator=Accelerator())]
+    steps = train(
+        network,
+        diffusion,
+        loader,
+        encoder,
+        steps=40,
+        learning_rate=2e-3,
+        muon_learning_rate=3e-3,
+        warmup=4,
+        accelerator=Accelerator(),
+    )
+    losses = [step.loss for step in steps]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])

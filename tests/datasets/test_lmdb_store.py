@@ -1,8 +1,8 @@
-import io
+"""ImageCaptionStore: exact records, several processes, killed writers, damaged files."""
+
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,16 +11,12 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
-from datasets.caption_embeddings import StoredCaptionEmbeddings, write_caption_embeddings
 from datasets.dishes import Dishes
-from datasets.lmdb_store import ImageCaptionStore, append_records, count_records, read_captions
-from easy_diffusion.diffusion.gaussian import GaussianDiffusion
-from easy_diffusion.diffusion.schedule import NoiseSchedule
-from easy_diffusion.networks.unet import UNet
-from easy_diffusion.training.trainer import train
+from datasets.lmdb_store import ImageCaptionStore, append_records, count_records
+
+from .example_files import encode_image, read_lmdb, write_lmdb
 
 
 def write(folder, records, **options):
@@ -28,291 +24,283 @@ def write(folder, records, **options):
         pass
 
 
-def test_records_come_back_to_the_bit(tmp_path):
+def test_stored_records_equal_the_originals_exactly(tmp_path):
+    folder = tmp_path / "store"
     dishes = Dishes(20, 32)
-    assert list(append_records(tmp_path / "s", dishes)) == list(range(1, 21))
-    store = ImageCaptionStore(tmp_path / "s")
+    assert list(append_records(folder, dishes)) == list(range(1, 21))
+    store = ImageCaptionStore(folder)
     assert len(store) == 20
     for i in (0, 7, 19):
-        assert torch.equal(store[i][0], dishes[i][0]) and store[i][1] == dishes[i][1]
+        assert torch.equal(store[i][0], dishes[i][0])
+        assert store[i][1] == dishes[i][1]
     with pytest.raises(IndexError):
         store[20]
 
 
-def test_an_encoded_picture_is_stored_as_it_is(tmp_path):
-    jpeg = io.BytesIO()
-    Image.fromarray(np.full((40, 30, 3), 77, np.uint8)).save(jpeg, "JPEG", quality=80)
-    write(tmp_path / "s", [(jpeg.getvalue(), "番茄汤")])
-    with lmdb.open(str(tmp_path / "s"), readonly=True, lock=False) as environment, environment.begin() as transaction:
-        assert transaction.get(b"000000000").endswith(jpeg.getvalue())
+def test_the_content_of_an_image_file_is_stored_unchanged(tmp_path):
+    jpeg = encode_image(Image.fromarray(np.full((40, 30, 3), 77, np.uint8)), quality=80)
+    write(tmp_path / "store", [(jpeg, "番茄汤")])
+    record = dict(read_lmdb(tmp_path / "store"))[b"000000000"]
+    assert record.endswith(jpeg)
 
 
-def test_stores_of_the_first_version_are_read_and_continued(tmp_path):
-    png = io.BytesIO()
-    Image.new("RGB", (9, 7), "red").save(png, "PNG")
+def test_stores_of_the_first_version_are_read_and_appended_to(tmp_path):
+    folder = tmp_path / "store"
+    png = encode_image(Image.new("RGB", (9, 7), "red"), "PNG")
     header = '{"caption": "番茄汤"}'.encode()
-    with lmdb.open(str(tmp_path / "s")) as environment, environment.begin(write=True) as transaction:
-        transaction.put(b"000000000", len(header).to_bytes(4, "little") + header + png.getvalue())
-        transaction.put(b"about", b'{"layout": "easy-diffusion image-caption", "version": 1, "count": 1}')
-    write(tmp_path / "s", Dishes(2, 32))
-    store = ImageCaptionStore(tmp_path / "s")
-    assert len(store) == 3 and store[0][0].shape == (3, 7, 9) and store[0][0][0].min() == 255 and store[0][1] == "番茄汤"
+    metadata = b'{"layout": "easy-diffusion image-caption", "version": 1, "count": 1}'
+    with write_lmdb(folder) as transaction:
+        transaction.put(b"000000000", len(header).to_bytes(4, "little") + header + png)
+        transaction.put(b"about", metadata)
+    write(folder, Dishes(2, 32))
+    store = ImageCaptionStore(folder)
+    assert len(store) == 3
+    image, caption = store[0]
+    assert image.shape == (3, 7, 9)
+    assert image[0].min() == 255
+    assert caption == "番茄汤"
     assert torch.equal(store[2][0], Dishes(2, 32)[1][0])
 
 
-def test_a_store_grows_beyond_its_first_map(tmp_path):
-    noise = torch.randint(256, (3, 256, 256), dtype=torch.uint8)           # does not compress: 200 kB
-    write(tmp_path / "s", ((noise, str(i)) for i in range(400)), per_transaction=50)       # 80 MB > 64 MiB
-    store = ImageCaptionStore(tmp_path / "s")
-    assert len(store) == 400 and store[399][1] == "399" and torch.equal(store[0][0], noise)
+def test_a_store_grows_beyond_its_initial_map_size(tmp_path):
+    folder = tmp_path / "store"
+    image = torch.randint(256, (3, 256, 256), dtype=torch.uint8)  # 200 kB
+    records = ((image, str(i)) for i in range(400))  # 80 MB > 64 MiB
+    write(folder, records, per_transaction=50)
+    store = ImageCaptionStore(folder)
+    assert len(store) == 400
+    assert store[399][1] == "399"
+    assert torch.equal(store[0][0], image)
 
 
 def test_four_spawned_and_four_forked_workers_read_the_same_records_at_once(tmp_path):
-    write(tmp_path / "s", Dishes(48, 32))
-    store = ImageCaptionStore(tmp_path / "s")
-    assert store[0][1] == Dishes(48, 32)[0][1]                             # already open in the parent
-    loaders = [torch.utils.data.DataLoader(store, 6, num_workers=4, multiprocessing_context=context) for context in ("spawn", "fork")]
-    pairs = list(zip(*loaders, strict=True))                               # a batch of each in turn
-    for pictures, names in (zip(*batches) for batches in zip(*pairs)):
-        assert torch.equal(torch.cat(pictures), torch.stack([p for p, _ in Dishes(48, 32)]))
-        assert sum(map(list, names), []) == [n for _, n in Dishes(48, 32)]
+    dishes = Dishes(48, 32)
+    write(tmp_path / "store", dishes)
+    store = ImageCaptionStore(tmp_path / "store")
+    assert store[0][1] == dishes[0][1]  # opens the file in the parent process
+    loaders = [
+        torch.utils.data.DataLoader(store, 6, num_workers=4, multiprocessing_context=context)
+        for context in ("spawn", "fork")
+    ]
+    batch_pairs = list(zip(*loaders, strict=True))  # both loaders read alternately
+    for batches in zip(*batch_pairs):  # the batches of one loader
+        images = torch.cat([images for images, _ in batches])
+        names = [name for _, batch_names in batches for name in batch_names]
+        assert torch.equal(images, torch.stack([dishes[i][0] for i in range(48)]))
+        assert names == [dishes[i][1] for i in range(48)]
 
 
-def test_killed_while_writing_it_goes_on_with_no_record_lost_or_doubled(tmp_path):
-    program = ("import sys; from datasets.lmdb_store import append_records, count_records; from datasets.dishes import Dishes\n"
-               "import torch; n = count_records(sys.argv[1])\n"
-               "for n in append_records(sys.argv[1], torch.utils.data.Subset(Dishes(100000, 32), range(n, 100000)), per_transaction=16):\n"
-               "    print(n, flush=True)")
-    last = 0
+def test_a_killed_writer_resumes_without_losing_or_repeating_a_record(tmp_path):
+    folder = tmp_path / "store"
+    program = """
+import sys
+import torch
+from datasets.dishes import Dishes
+from datasets.lmdb_store import append_records, count_records
+count = count_records(sys.argv[1])
+rest = torch.utils.data.Subset(Dishes(100_000, 32), range(count, 100_000))
+for count in append_records(sys.argv[1], rest, per_transaction=16):
+    print(count, flush=True)
+"""
+    command = [sys.executable, "-c", program, str(folder)]
+    previous = 0
     for lines in (20, 90):
-        writer = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "s")], stdout=subprocess.PIPE, text=True)
-        said = [int(writer.stdout.readline()) for _ in range(lines)][-1]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        reported = [int(writer.stdout.readline()) for _ in range(lines)][-1]
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
-        written = count_records(tmp_path / "s")
-        assert written >= said == last + lines and written % 16 == 0        # what it said is there, and it stopped at a transaction
-        last = written
-    dishes, store = Dishes(last, 32), ImageCaptionStore(tmp_path / "s")
-    assert [store[i][1] for i in range(last)] == [dishes[i][1] for i in range(last)]
-    assert torch.equal(store[last - 1][0], dishes[last - 1][0])
+        written = count_records(folder)
+        assert reported == previous + lines
+        assert written >= reported
+        assert written % 16 == 0  # whole transactions
+        previous = written
+    dishes = Dishes(written, 32)
+    store = ImageCaptionStore(folder)
+    assert [store[i][1] for i in range(written)] == [dishes[i][1] for i in range(written)]
+    assert torch.equal(store[written - 1][0], dishes[written - 1][0])
 
 
-def test_foreign_empty_and_newer_stores_are_named(tmp_path):
+def test_errors_name_missing_incompatible_newer_and_damaged_stores(tmp_path):
     with pytest.raises(FileNotFoundError, match="no store in .*nowhere"):
         ImageCaptionStore(tmp_path / "nowhere")
-    with lmdb.open(str(tmp_path / "foreign")) as environment, environment.begin(write=True) as transaction:
+
+    with write_lmdb(tmp_path / "incompatible") as transaction:
         transaction.put(b"0", b"\x80\x04K\x01.")
-    with pytest.raises(ValueError, match="foreign holds an LMDB, but not one"):
-        ImageCaptionStore(tmp_path / "foreign")
-    with lmdb.open(str(tmp_path / "predecessor")) as environment, environment.begin(write=True) as transaction:
-        for i in range(3):                                                  # pickled pairs under plain numbers, and their count
-            transaction.put(str(i).encode(), pickle.dumps((np.zeros((8, 8, 3), np.uint8), "番茄汤")))
+    with pytest.raises(ValueError, match="incompatible holds an LMDB, but not one"):
+        ImageCaptionStore(tmp_path / "incompatible")
+
+    # The layout of this project's predecessor: pickled pairs under the keys 0, 1, …, and a count.
+    with write_lmdb(tmp_path / "predecessor") as transaction:
+        for i in range(3):
+            pair = (np.zeros((8, 8, 3), np.uint8), "番茄汤")
+            transaction.put(str(i).encode(), pickle.dumps(pair))
         transaction.put(b"__len__", pickle.dumps(3))
     with pytest.raises(ValueError, match="predecessor holds an LMDB, but not one"):
         list(append_records(tmp_path / "predecessor", Dishes(1, 32)))
     with lmdb.open(str(tmp_path / "predecessor"), lock=False) as environment:
-        assert environment.stat()["entries"] == 4                           # and nothing was added to it
-    with lmdb.open(str(tmp_path / "newer")) as environment, environment.begin(write=True) as transaction:
-        transaction.put(b"about", b'{"layout": "easy-diffusion image-caption", "version": 9, "count": 1}')
+        assert environment.stat()["entries"] == 4, "nothing has been added"
+
+    metadata = b'{"layout": "easy-diffusion image-caption", "version": 9, "count": 1}'
+    with write_lmdb(tmp_path / "newer") as transaction:
+        transaction.put(b"about", metadata)
     with pytest.raises(ValueError, match="version 9"):
         ImageCaptionStore(tmp_path / "newer")
-    (tmp_path / "noise").mkdir()
-    (tmp_path / "noise" / "data.mdb").write_bytes(os.urandom(20_000))
-    with pytest.raises(ValueError, match="noise cannot be opened as LMDB"):
-        ImageCaptionStore(tmp_path / "noise")
+
+    (tmp_path / "random").mkdir()
+    (tmp_path / "random" / "data.mdb").write_bytes(os.urandom(20_000))
+    with pytest.raises(ValueError, match="random cannot be opened as LMDB"):
+        ImageCaptionStore(tmp_path / "random")
 
 
-def test_damaged_and_missing_records_are_named(tmp_path):
-    write(tmp_path / "s", Dishes(4, 32))
-    with lmdb.open(str(tmp_path / "s")) as environment, environment.begin(write=True) as transaction:
+def test_errors_name_damaged_and_missing_records(tmp_path):
+    folder = tmp_path / "store"
+    write(folder, Dishes(4, 32))
+    with write_lmdb(folder) as transaction:
         record = transaction.get(b"000000001")
-        transaction.put(b"000000001", record[:len(record) // 2])
+        transaction.put(b"000000001", record[: len(record) // 2])
         transaction.put(b"000000002", b"\x80\x04K\x01.")
         transaction.delete(b"000000003")
-    store = ImageCaptionStore(tmp_path / "s")
+    store = ImageCaptionStore(folder)
     assert store[0][0].shape == (3, 32, 32)
-    for index, kind in ((1, ValueError), (2, ValueError), (3, KeyError)):
-        with pytest.raises(kind, match=f"record {index} "):
+    for index, error in ((1, ValueError), (2, ValueError), (3, KeyError)):
+        with pytest.raises(error, match=f"record {index} "):
             store[index]
 
 
-@pytest.mark.parametrize("record, says", [
-    ((torch.zeros(3, 8, 8), "番茄汤"), "uint8"), ((torch.zeros(8, 8, 3, dtype=torch.uint8), "番茄汤"), "8, 8, 3"),
-    ((torch.zeros(3, 8, 8, dtype=torch.uint8), 7), "7"),
-])
-def test_records_of_another_form_are_refused_and_nothing_is_written(tmp_path, record, says):
-    with pytest.raises((ValueError, TypeError), match=says):
-        write(tmp_path / "s", [record])
-    assert count_records(tmp_path / "s") == 0
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ((torch.zeros(3, 8, 8), "番茄汤"), "uint8"),
+        ((torch.zeros(8, 8, 3, dtype=torch.uint8), "番茄汤"), "8, 8, 3"),
+        ((torch.zeros(3, 8, 8, dtype=torch.uint8), 7), "7"),
+    ],
+)
+def test_invalid_records_raise_and_nothing_is_written(tmp_path, record, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        write(tmp_path / "store", [record])
+    assert count_records(tmp_path / "store") == 0
 
 
-class Spelling(torch.nn.Module):
-    """An encoder for tests: a state for each character, and one at the start; it counts what it is asked."""
-
-    dim, asked = 4, 0
-
-    def forward(self, read_captions):
-        self.asked += len(read_captions)
-        lengths = torch.tensor([len(caption) + 1 for caption in read_captions])
-        states = torch.zeros(len(read_captions), lengths.max(), self.dim)
-        for row, caption in zip(states, read_captions):
-            row[:len(caption) + 1] = torch.tensor([[1.0] * 4, *([ord(c) / 3e4, 2.0, 3.0, 4.0] for c in caption)])
-        return states, torch.arange(lengths.max()) < lengths[:, None]
-
-
-class Deaf(Spelling):
-    """It says the same of each caption."""
-
-    def forward(self, read_captions):
-        states, mask = super().forward(["" for _ in read_captions])
-        return -states, mask
+def test_an_open_store_sees_what_another_process_appends(tmp_path):
+    """The store grows from a few records to 30 MB, far beyond the size that was mapped first."""
+    folder = tmp_path / "store"
+    write(folder, Dishes(4, 32))
+    assert ImageCaptionStore(folder)[3][0].shape == (3, 32, 32)
+    program = """
+import sys
+import torch
+from datasets.lmdb_store import append_records
+image = torch.randint(256, (3, 256, 256), dtype=torch.uint8)
+for _ in append_records(sys.argv[1], ((image, str(i)) for i in range(150))):
+    pass
+"""
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
+    store = ImageCaptionStore(folder)
+    assert len(store) == 154
+    assert store[153][1] == "149"
+    assert store[0][0].shape == (3, 32, 32)
 
 
-def test_states_of_captions_come_back_to_half_precision(tmp_path):
-    dishes, encoder = Dishes(60, 32), Spelling()
-    write(tmp_path / "s", dishes)
-    names = list(read_captions(tmp_path / "s"))
-    assert names == [name for _, name in dishes]
-    *_, done = write_caption_embeddings(tmp_path / "s", encoder, "spelling", batch=7)
-    distinct = len(set(names)) + 1                                          # and the empty caption
-    assert done == (distinct, distinct) and encoder.asked == distinct
-    assert list(write_caption_embeddings(tmp_path / "s", encoder, "spelling")) == [] and encoder.asked == distinct
-    stored = StoredCaptionEmbeddings(tmp_path / "s", "spelling")
-    states, mask = stored([names[3], "", names[5]])
-    expected, expected_mask = encoder([names[3], "", names[5]])
-    assert torch.equal(mask, expected_mask) and stored.dim == 4 and torch.equal(states[mask], expected.half().float()[mask])
-    write(tmp_path / "s", [(torch.zeros(3, 32, 32, dtype=torch.uint8), "新菜")])            # a store that has grown
-    assert list(write_caption_embeddings(tmp_path / "s", encoder, "spelling")) == [(distinct + 1, distinct + 1)]
-    assert len(ImageCaptionStore(tmp_path / "s")) == 61 and stored(["新菜"])[1].sum() == 3
-
-
-def test_states_of_another_encoder_are_refused(tmp_path):
-    write(tmp_path / "s", Dishes(3, 32))
-    with pytest.raises(ValueError, match="no states of captions"):
-        StoredCaptionEmbeddings(tmp_path / "s")
-    for _ in write_caption_embeddings(tmp_path / "s", Spelling(), "old"):
-        pass
-    with pytest.raises(ValueError, match="encoder old, and this one is new"):
-        list(write_caption_embeddings(tmp_path / "s", Spelling(), "new"))
-    with pytest.raises(ValueError, match="encoder old, not of new"):
-        StoredCaptionEmbeddings(tmp_path / "s", "new")
-    with pytest.raises(KeyError, match="没有"):
-        StoredCaptionEmbeddings(tmp_path / "s")(["没有"])
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        StoredCaptionEmbeddings(tmp_path / "nowhere")
-
-
-def test_a_network_learns_the_same_from_stored_states(tmp_path):
-    """Batches with the encoder and with its stored states are the same, and so is the training."""
-    write(tmp_path / "s", Dishes(8, 32))
-    for _ in write_caption_embeddings(tmp_path / "s", Spelling(), "spelling"):
-        pass
-    batches, weights = [torch.utils.data.default_collate([Dishes(8, 32)[i] for i in range(8)])], []
-    for encoder in (Spelling(), StoredCaptionEmbeddings(tmp_path / "s"), Deaf()):
-        torch.manual_seed(0)
-        network = UNet(channels=(32,), context_dim=4, patch=4)
-        diffusion = GaussianDiffusion(NoiseSchedule.cosine(100))
-        for step in train(network, diffusion, batches, encoder, steps=8, learning_rate=1e-2, warmup=1, decay=0,
-                          accelerator=Accelerator(mixed_precision="no")):
-            pass
-        weights.append(torch.cat([p.flatten() for p in network.parameters()]).detach().cpu())
-    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-2)
-    assert float((weights[0] - weights[2]).abs().max()) > 0.05              # other words, another network
-
-
-def test_a_reader_follows_a_store_that_another_process_makes_grow(tmp_path):
-    """From a few records to 30 MB, far beyond the map that the reader took at first."""
-    write(tmp_path / "s", Dishes(4, 32))
-    assert ImageCaptionStore(tmp_path / "s")[3][0].shape == (3, 32, 32)
-    program = ("import sys, torch; from datasets.lmdb_store import append_records\n"
-               "noise = torch.randint(256, (3, 256, 256), dtype=torch.uint8)\n"
-               "for _ in append_records(sys.argv[1], ((noise, str(i)) for i in range(150))): pass")
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "s")], check=True)
-    store = ImageCaptionStore(tmp_path / "s")
-    assert len(store) == 154 and store[153][1] == "149" and store[0][0].shape == (3, 32, 32)
-
-
-def read_while_it_grows(folder, length, ready, answers):
-    """Each time it looks, the last record that is there is whole and the right one."""
-    dishes, seen = Dishes(length, 32), []
+def read_while_it_grows(folder, length, ready, results):
+    """Read the last record again and again; stop at `length` records or at a wrong record."""
+    dishes = Dishes(length, 32)
+    lengths = []
     ready.set()
-    while not seen or seen[-1] < length:
+    while not lengths or lengths[-1] < length:
         store = ImageCaptionStore(folder)
-        picture, name = store[len(store) - 1]
-        expected, expected_name = dishes[len(store) - 1]
-        if not torch.equal(picture, expected) or name != expected_name:
+        image, name = store[len(store) - 1]
+        expected_image, expected_name = dishes[len(store) - 1]
+        if not torch.equal(image, expected_image) or name != expected_name:
             break
-        seen.append(len(store))
-    answers.put(seen)
+        lengths.append(len(store))
+    results.put(lengths)
 
 
-def test_two_readers_and_a_writer_at_once(tmp_path):
-    write(tmp_path / "s", Dishes(1, 32))
+def test_two_processes_read_while_a_third_writes(tmp_path):
+    folder = tmp_path / "store"
+    write(folder, Dishes(1, 32))
     fork = multiprocessing.get_context("fork")
-    answers, ready = fork.Queue(), [fork.Event(), fork.Event()]
-    readers = [fork.Process(target=read_while_it_grows, args=(tmp_path / "s", 300, event, answers)) for event in ready]
-    for reader in readers:
-        reader.start()
-    for event in ready:
+    results = fork.Queue()
+    ready_events = [fork.Event(), fork.Event()]
+    processes = [
+        fork.Process(target=read_while_it_grows, args=(folder, 300, event, results))
+        for event in ready_events
+    ]
+    for process in processes:
+        process.start()
+    for event in ready_events:
         assert event.wait(60)
     dishes = Dishes(300, 32)
-    write(tmp_path / "s", (dishes[i] for i in range(1, 300)), per_transaction=3)
-    for seen in (answers.get(timeout=60), answers.get(timeout=60)):
-        assert seen == sorted(seen) and seen[-1] == 300 and len(set(seen)) > 3
-    for reader in readers:
-        reader.join(60)
+    write(folder, (dishes[i] for i in range(1, 300)), per_transaction=3)
+    for _ in processes:
+        lengths = results.get(timeout=60)
+        assert lengths == sorted(lengths)
+        assert lengths[-1] == 300
+        assert len(set(lengths)) > 3
+    for process in processes:
+        process.join(60)
 
 
-def test_one_writes_and_reads_in_the_same_process_but_never_writes_twice(tmp_path):
-    writing = append_records(tmp_path / "s", Dishes(40, 32), per_transaction=10)
-    assert next(writing) == 1 and count_records(tmp_path / "s") == 10 and ImageCaptionStore(tmp_path / "s")[9][1] == Dishes(40, 32)[9][1]
+def test_a_process_can_read_while_it_writes_but_only_one_can_write(tmp_path):
+    folder = tmp_path / "store"
+    dishes = Dishes(40, 32)
+
+    # Reading while writing, in one process.
+    writing = append_records(folder, dishes, per_transaction=10)
+    assert next(writing) == 1
+    assert count_records(folder) == 10
+    assert ImageCaptionStore(folder)[9][1] == dishes[9][1]
+
+    # A second writer in the same process.
     with pytest.raises(RuntimeError, match="being written to"):
-        next(append_records(tmp_path / "s", Dishes(1, 32)))
-    assert list(writing)[-1] == 40 and len(ImageCaptionStore(tmp_path / "s")) == 40
-    writing = append_records(tmp_path / "s", Dishes(40, 32), per_transaction=10)
+        next(append_records(folder, Dishes(1, 32)))
+    assert list(writing)[-1] == 40
+    assert len(ImageCaptionStore(folder)) == 40
+
+    # A second writer in another process.
+    writing = append_records(folder, dishes, per_transaction=10)
     next(writing)
-    other = ("import sys; from datasets.lmdb_store import append_records; from datasets.dishes import Dishes\n"
-             "list(append_records(sys.argv[1], Dishes(3, 32)))")
-    subprocess.run([sys.executable, "-c", other, str(tmp_path / "s")], check=True)
+    program = """
+import sys
+from datasets.dishes import Dishes
+from datasets.lmdb_store import append_records
+list(append_records(sys.argv[1], Dishes(3, 32)))
+"""
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
     with pytest.raises(RuntimeError, match="another process is writing"):
         list(writing)
-    store = ImageCaptionStore(tmp_path / "s")
-    assert len(store) == 53 and all(store[i][0].shape == (3, 32, 32) for i in range(53))
+    store = ImageCaptionStore(folder)
+    assert len(store) == 53
+    assert all(store[i][0].shape == (3, 32, 32) for i in range(53))
 
 
-def test_a_full_disk_is_named_and_what_was_written_stays_readable(tmp_path):
-    """No file may grow beyond 2 MB in that process, for which the system gives the same kind of error as for a full disk."""
-    program = ("import resource, sys; from datasets.lmdb_store import append_records; from datasets.dishes import Dishes\n"
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))\n"
-               "for n in append_records(sys.argv[1], Dishes(2000, 32), per_transaction=64): print(n)")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "s")], capture_output=True, text=True)
-    assert done.returncode == 1 and f"OSError: {tmp_path}/s cannot be written to: " in done.stderr, done.stderr
-    written, store, dishes = int(done.stdout.split()[-1]), ImageCaptionStore(tmp_path / "s"), Dishes(2000, 32)
-    assert len(store) == written and 64 <= written < 500 and (tmp_path / "s" / "data.mdb").stat().st_size <= 2_000_000
+def test_a_full_disk_raises_and_earlier_records_stay_readable(tmp_path):
+    """A limit of 2 MB per file in the writing process stands for a full disk."""
+    folder = tmp_path / "store"
+    program = """
+import resource
+import sys
+from datasets.dishes import Dishes
+from datasets.lmdb_store import append_records
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
+for count in append_records(sys.argv[1], Dishes(2000, 32), per_transaction=64):
+    print(count)
+"""
+    command = [sys.executable, "-c", program, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert f"OSError: {folder} cannot be written to: " in result.stderr, result.stderr
+
+    written = int(result.stdout.split()[-1])
+    store = ImageCaptionStore(folder)
+    dishes = Dishes(2000, 32)
+    assert len(store) == written
+    assert 64 <= written < 500
+    assert (folder / "data.mdb").stat().st_size <= 2_000_000
     assert all(torch.equal(store[i][0], dishes[i][0]) for i in range(written))
-    write(tmp_path / "s", [dishes[i] for i in range(written, 500)])         # there is room again
-    assert len(ImageCaptionStore(tmp_path / "s")) == 500 and torch.equal(ImageCaptionStore(tmp_path / "s")[499][0], dishes[499][0])
 
-
-def test_read_only_media_are_read(tmp_path):
-    write(tmp_path / "s", Dishes(5, 32))
-    for _ in write_caption_embeddings(tmp_path / "s", Spelling(), "spelling"):
-        pass
-    (tmp_path / "s" / "lock.mdb").unlink()                                  # as on a disc that was burned without it
-    program = ("import sys; from datasets.lmdb_store import ImageCaptionStore; from datasets.caption_embeddings import StoredCaptionEmbeddings\n"
-               "store = ImageCaptionStore(sys.argv[1])\n"
-               "print([store[i][1] for i in range(5)], StoredCaptionEmbeddings(sys.argv[1])([''])[1].tolist())")
-    command = [sys.executable, "-c", program, str(tmp_path / "s")]
-    if os.geteuid() == 0:                                                   # root may write to a folder without permission, so mount it
-        if not shutil.which("unshare"):
-            pytest.skip("root, and no `unshare` to mount a folder read-only with")
-        mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
-        command = ["unshare", "--mount", "sh", "-c", mount, str(tmp_path / "s"), *command]
-        if subprocess.run([*command[:6], "true"], capture_output=True).returncode:
-            pytest.skip("this system does not let one mount a folder read-only")
-    else:
-        (tmp_path / "s").chmod(0o555)
-    done = subprocess.run(command, capture_output=True, text=True)
-    (tmp_path / "s").chmod(0o755)
-    assert done.returncode == 0 and str([name for _, name in Dishes(5, 32)]) in done.stdout, done.stderr
-    assert not (tmp_path / "s" / "lock.mdb").exists()
+    # Without the limit, writing can be resumed.
+    write(folder, [dishes[i] for i in range(written, 500)])
+    store = ImageCaptionStore(folder)
+    assert len(store) == 500
+    assert torch.equal(store[499][0], dishes[499][0])

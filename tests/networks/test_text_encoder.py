@@ -1,3 +1,5 @@
+"""CharacterEncoder: shapes, mask, padding, context dependence, unknown characters and errors."""
+
 import warnings
 
 import pytest
@@ -12,27 +14,30 @@ def encoder():
     return CharacterEncoder("番茄炒鸡蛋土豆汤", dim=32, max_length=8).eval()
 
 
-def test_states_and_mask(encoder):
-    states, mask = encoder(["番茄炒鸡蛋", "土豆汤", ""])
-    assert states.shape == (3, 6, 32) and mask.dtype == torch.bool
-    assert mask.sum(dim=1).tolist() == [6, 4, 1] and mask[:, 0].all()
+def test_context_and_mask_have_a_start_token_and_one_token_a_character(encoder):
+    context, mask = encoder(["番茄炒鸡蛋", "土豆汤", ""])
+    assert context.shape == (3, 6, 32)
+    assert mask.dtype == torch.bool
+    assert mask.sum(dim=1).tolist() == [6, 4, 1]
+    assert mask[:, 0].all()
 
 
-def test_a_caption_means_the_same_alone_and_in_company(encoder):
-    together, _ = encoder(["土豆汤", "番茄炒鸡蛋"])
+def test_a_caption_has_the_same_context_alone_and_in_a_batch(encoder):
+    batched, _ = encoder(["土豆汤", "番茄炒鸡蛋"])
     alone, _ = encoder(["土豆汤"])
-    torch.testing.assert_close(together[0, :4], alone[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(batched[0, :4], alone[0], rtol=0, atol=1e-5)
 
 
-def test_a_character_means_something_else_beside_another(encoder):
+def test_the_embedding_of_a_character_depends_on_its_neighbours(encoder):
     potato, soup = encoder(["土豆", "土汤"])[0]
-    assert not torch.allclose(potato[1], soup[1], atol=1e-2)               # the same 土 at the same place
+    assert not torch.allclose(potato[1], soup[1], atol=1e-2)  # 土 at the same position
 
 
 def test_an_unknown_character_is_named_once_and_still_encoded(encoder):
     with pytest.warns(UserWarning, match="鱼"):
-        states, mask = encoder(["鱼汤"])
-    assert torch.isfinite(states).all() and mask.sum() == 3
+        context, mask = encoder(["鱼汤"])
+    assert torch.isfinite(context).all()
+    assert mask.sum() == 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder(["鱼汤"])

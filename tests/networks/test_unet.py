@@ -1,3 +1,5 @@
+"""UNet and its blocks against torch and diffusers; cached and batched calls change no output."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,19 +7,23 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch.autograd.graph import saved_tensors_hooks
 
-pass
 from easy_diffusion.diffusion.gaussian import GaussianDiffusion
 from easy_diffusion.diffusion.guidance import batched_guidance, concat_contexts, guided
 from easy_diffusion.diffusion.prediction import Denoiser, Prediction
 from easy_diffusion.diffusion.schedule import NoiseSchedule
 from easy_diffusion.networks import blocks
-from easy_diffusion.networks.blocks import Attention, ResidualBlock, SpatialTransformer, timestep_embedding
+from easy_diffusion.networks.blocks import (
+    Attention,
+    ResidualBlock,
+    SpatialTransformer,
+    timestep_embedding,
+)
 from easy_diffusion.networks.stable_diffusion_weights import save_stable_diffusion
 from easy_diffusion.networks.unet import UNet, masked_mean
 
 
-def shaken(module):
-    """The zeroed layers filled, so that every branch has its say."""
+def without_zeros(module):
+    """Fill the layers that begin at zero, so that every branch has an effect; eval mode."""
     torch.manual_seed(0)
     for parameter in module.parameters():
         if parameter.abs().max() == 0:
@@ -25,34 +31,93 @@ def shaken(module):
     return module.eval()
 
 
+def small_unet(**options):
+    """A UNet of two levels with a context of dimension 16."""
+    return without_zeros(UNet(**dict(channels=(32, 64), context_dim=16) | options))
+
+
+def count_calls(module):
+    """A list that grows by one at each call of the module."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+# ---------------------------------------------------------------- blocks
+
+
 def test_time_embedding_equals_diffusers():
     t = torch.tensor([0, 1, 500, 999])
     expected = get_timestep_embedding(t, 64, flip_sin_to_cos=True, downscale_freq_shift=0)
-    torch.testing.assert_close(timestep_embedding(t, 64), expected, rtol=0, atol=1e-4)      # float32 angles of 999 radians
+    # The angles reach 999 radians, in float32.
+    torch.testing.assert_close(timestep_embedding(t, 64), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("context_dim", [None, 24])
 def test_attention_equals_torch(context_dim):
     torch.manual_seed(0)
     attention = Attention(32, context_dim, heads=4)
-    x, context = torch.randn(2, 10, 32), torch.randn(2, 6, 24) if context_dim else None
-    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2]) if context_dim else None
-    q, k, v = (layer(y).unflatten(-1, (4, 8)).transpose(1, 2) for layer, y in (
-        (attention.to_q, x), (attention.to_k, x if context is None else context), (attention.to_v, x if context is None else context)))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
-    torch.testing.assert_close(attention(x, context, mask), attention.to_out(expected.transpose(1, 2).flatten(2)), rtol=0, atol=1e-6)
+    x = torch.randn(2, 10, 32)
+    context, mask, attn_mask = None, None, None
+    if context_dim:
+        context = torch.randn(2, 6, 24)
+        mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+        attn_mask = mask[:, None, None]
+
+    def split(y):
+        return y.unflatten(-1, (4, 8)).transpose(1, 2)
+
+    source = x if context is None else context
+    q = split(attention.to_q(x))
+    k = split(attention.to_k(source))
+    v = split(attention.to_v(source))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    expected = attention.to_out(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x, context, mask), expected, rtol=0, atol=1e-6)
 
 
-def test_large_pictures_take_the_fused_attention_with_the_same_result(monkeypatch):
+def test_large_images_take_the_fused_attention_with_the_same_result(monkeypatch):
     torch.manual_seed(0)
-    attention, x = Attention(16, heads=2), torch.randn(1, 600, 16)
-    fused, calls = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
-    large = attention(x)
-    q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (attention.to_q, attention.to_k, attention.to_v))
-    plain = ((q @ k.transpose(-1, -2) / 8 ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    attention = Attention(16, heads=2)
+    x = torch.randn(1, 600, 16)
+    fused = F.scaled_dot_product_attention
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return fused(*arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    out = attention(x)
     assert calls
-    torch.testing.assert_close(large, attention.to_out(plain), rtol=0, atol=1e-6)
+
+    layers = (attention.to_q, attention.to_k, attention.to_v)
+    q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in layers)
+    weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
+    expected = attention.to_out((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_of_a_few_images_at_a_time_gives_the_same(masked, monkeypatch):
+    torch.manual_seed(0)
+    attention = Attention(16, 8, heads=2)
+    x = torch.randn(5, 12, 16)
+    context = torch.randn(5, 6, 8)
+    mask = torch.arange(6) < torch.tensor([[6], [1], [3], [2], [5]]) if masked else None
+    expected = attention(x, context, mask)
+    monkeypatch.setattr(blocks, "MAX_SCORES", 2 * 12 * 6 * 2)  # two images at a time
+    torch.testing.assert_close(attention(x, context, mask), expected, rtol=0, atol=1e-6)
+
+
+def test_a_new_network_predicts_zero_and_new_blocks_are_the_identity():
+    x = torch.randn(2, 32, 8, 8)
+    assert UNet(channels=(32,))(torch.randn(1, 3, 8, 8), torch.tensor([1])).abs().max() == 0
+    torch.testing.assert_close(ResidualBlock(32, 32, 64)(x, torch.randn(2, 64)), x)
+    torch.testing.assert_close(SpatialTransformer(32)(x), x)
+
+
+# ---------------------------------------------------------------- the network
 
 
 @pytest.mark.parametrize("options, shape", [
@@ -61,211 +126,293 @@ def test_large_pictures_take_the_fused_attention_with_the_same_result(monkeypatc
     (dict(channels=(32, 64), patch=4, pooled=True), (2, 3, 64, 64)),
     (dict(channels=(32,), in_channels=9, out_channels=4), (2, 9, 8, 8)),
 ])
-def test_the_picture_keeps_its_size_and_every_weight_learns(options, shape):
+def test_the_output_has_the_size_of_the_input_and_every_weight_has_a_gradient(options, shape):
     torch.manual_seed(0)
-    network = shaken(UNet(context_dim=16, **options))
-    x, mask = torch.randn(shape), torch.ones(2, 5, dtype=torch.bool)
+    network = small_unet(**options)
+    x = torch.randn(shape)
+    mask = torch.ones(2, 5, dtype=torch.bool)
     out = network(x, torch.tensor([3, 700]), torch.randn(2, 5, 16), mask)
     assert out.shape == (2, options.get("out_channels", 3), *shape[2:])
     out.square().sum().backward()
-    silent = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
-    assert silent == []
+    without_gradient = [
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.grad is None or parameter.grad.abs().max() == 0
+    ]
+    assert without_gradient == []
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_few_pictures_at_a_time_give_the_same_attention(masked, monkeypatch):
-    torch.manual_seed(0)
-    attention, x, words = Attention(16, 8, heads=2), torch.randn(5, 12, 16), torch.randn(5, 6, 8)
-    mask = torch.arange(6) < torch.tensor([[6], [1], [3], [2], [5]]) if masked else None
-    at_once = attention(x, words, mask)
-    monkeypatch.setattr(blocks, "MAX_SCORES", 2 * 12 * 6 * 2)           # two pictures at a time
-    torch.testing.assert_close(attention(x, words, mask), at_once, rtol=0, atol=1e-6)
-
-
-def test_a_network_without_words_needs_none():
-    network = shaken(UNet(channels=(32, 64)))
+def test_a_network_without_a_context_dim_needs_no_context():
+    network = small_unet(context_dim=None)
     assert network(torch.randn(1, 3, 16, 16), torch.tensor([5])).shape == (1, 3, 16, 16)
 
 
 def test_padding_is_never_attended_to():
-    network, t = shaken(UNet(channels=(32, 64), context_dim=16, pooled=True)), torch.tensor([3, 700])
-    x, words = torch.randn(2, 3, 16, 16), torch.randn(2, 5, 16)
+    network = small_unet(pooled=True)
+    t = torch.tensor([3, 700])
+    x = torch.randn(2, 3, 16, 16)
+    context = torch.randn(2, 5, 16)
     mask = torch.tensor([[True, True, True, False, False]]).expand(2, 5)
-    other = torch.where(mask[..., None], words, torch.full_like(words, 100.0))
-    torch.testing.assert_close(network(x, t, words, mask), network(x, t, other, mask), rtol=0, atol=1e-6)
-    torch.testing.assert_close(network(x, t, words, mask), network(x, t, words[:, :3]), rtol=0, atol=1e-5)
-    assert not torch.allclose(network(x, t, words, mask), network(x, t, words), atol=1e-3)
+    other_padding = torch.where(mask[..., None], context, torch.full_like(context, 100.0))
+    out = network(x, t, context, mask)
+    torch.testing.assert_close(out, network(x, t, other_padding, mask), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out, network(x, t, context[:, :3]), rtol=0, atol=1e-5)
+    assert not torch.allclose(out, network(x, t, context), atol=1e-3)
 
 
-def test_a_new_network_says_nothing_and_new_blocks_pass_their_input_on():
-    x = torch.randn(2, 32, 8, 8)
-    assert UNet(channels=(32,))(torch.randn(1, 3, 8, 8), torch.tensor([1])).abs().max() == 0
-    torch.testing.assert_close(ResidualBlock(32, 32, 64)(x, torch.randn(2, 64)), x)
-    torch.testing.assert_close(SpatialTransformer(32)(x), x)
+def test_masked_mean_leaves_padding_out():
+    context = torch.tensor([[[2.0], [4.0], [99.0]]])
+    mask = torch.tensor([[True, True, False]])
+    assert masked_mean(context, mask).tolist() == [[3.0]]
+    assert masked_mean(context[:, :2], None).tolist() == [[3.0]]
 
 
-def test_the_mean_of_the_words_leaves_padding_out():
-    words, mask = torch.tensor([[[2.0], [4.0], [99.0]]]), torch.tensor([[True, True, False]])
-    assert masked_mean(words, mask).tolist() == [[3.0]]
-    assert masked_mean(words[:, :2], None).tolist() == [[3.0]]
-
-
-WORLDS = [dict(attention=(False, True)), dict(attention=(True, False)), dict(pooled=True), dict(patch=2)]
-
-
-@pytest.mark.parametrize("options", WORLDS, ids=str)
-@pytest.mark.parametrize("captions", [1, 3])
-def test_remembered_words_give_the_same_answer(options, captions):
-    network, t = shaken(UNet(channels=(32, 64), context_dim=16, **options)), torch.tensor([3, 500, 700])
-    x, words = torch.randn(3, 3, 16, 16), torch.randn(captions, 9, 16)
-    mask = torch.arange(9) < torch.randint(2, 7, (captions, 1))
-    remembered = network.cache_context(words, mask)
-    assert len(remembered[0].states[0]) == mask.any(0).sum() < 9                               # places without any word are left out
-    with torch.no_grad():
-        expected = network(x, t, words.expand(3, -1, -1), mask.expand(3, -1))
-        for _ in range(2):
-            torch.testing.assert_close(network(x, t, *remembered), expected, rtol=0, atol=2e-5)
-
-
-def test_keys_are_computed_once_and_anew_when_the_weights_change():
-    network, t = shaken(UNet(channels=(32, 64), context_dim=16)), torch.tensor([5])
-    x, words, calls = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 16), []
-    keys = network.middle[1].block.cross_attention.to_k
-    keys.register_forward_hook(lambda *_: calls.append(1))
-    remembered = network.cache_context(words)
-    with torch.no_grad():
-        network(x, t, *remembered), network(x, t, *remembered)
-        assert len(calls) == 1
-        keys.weight.mul_(2)
-        torch.testing.assert_close(network(x, t, *remembered), network(x, t, words), rtol=0, atol=1e-5)
-    network(x, t, *remembered).sum().backward()
-    network(x, t, *remembered).sum().backward()                                                 # each with a graph of its own
-    assert keys.weight.grad.abs().max() > 0
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.isfinite(network(x, t, *remembered)).all()
-
-
-@pytest.mark.parametrize("options", WORLDS, ids=str)
-def test_several_captions_for_each_picture_share_the_work_before_the_words(options):
-    network = shaken(UNet(channels=(32, 64), context_dim=16, **options))
-    x, words, t = torch.randn(2, 3, 16, 16), torch.randn(6, 4, 16), torch.tensor([3, 700])
-    seen = []
-    network.conv_in.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    batched_guidance = network(x, t, words)
-    assert seen == [2] and len(batched_guidance) == 6
-    torch.testing.assert_close(batched_guidance, network(x.repeat(3, 1, 1, 1), t.repeat(3), words), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("options", WORLDS, ids=str)
-def test_guidance_asks_a_network_once_and_answers_as_with_two_calls(options, masked):
-    network, calls = shaken(UNet(channels=(32, 64), context_dim=16, **options)), []
-    network.register_forward_hook(lambda *_: calls.append(1))
-    def meaning(output, x_t, t):
-        return Prediction(output, x_t - output, t.view(-1, 1, 1, 1) * torch.ones(1))
-    x, t, words = torch.randn(2, 3, 16, 16), torch.tensor([3, 700]), torch.randn(2, 6, 16)
-    mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6]) if masked else None
-    text, nothing = Denoiser(network, meaning, words, mask), Denoiser(network, meaning, torch.randn(1, 1, 16))
-    with torch.no_grad():
-        once = guided(text, nothing, 3.0)(x, t)
-        assert len(calls) == 1
-        twice = guided(lambda x, t: text(x, t), nothing, 3.0)(x, t)
-        assert len(calls) == 3
-    for a, b in zip(once, twice, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=5e-5)
-
-
-def test_only_denoisers_of_the_same_network_are_asked_together():
-    one, other = shaken(UNet(channels=(32,), context_dim=16)), shaken(UNet(channels=(32,), context_dim=16))
-    words, calls = torch.randn(1, 2, 16), []
-    for network in (one, other):
-        network.register_forward_hook(lambda *_: calls.append(1))
-    def meaning(output, x_t, t):
-        return Prediction(output, output)
-    batched_guidance(Denoiser(one, meaning, words), Denoiser(other, meaning, words))(torch.randn(1, 3, 8, 8), torch.tensor([1]))
-    assert len(calls) == 2
-
-
-def test_stacked_contexts_are_padded_and_the_padding_is_masked():
-    context, mask = concat_contexts(torch.ones(2, 3, 4), None, torch.ones(1, 1, 4), None, batch=2)
-    assert context.shape == (4, 3, 4) and mask.tolist() == [[True] * 3] * 2 + [[True, False, False]] * 2
-    assert concat_contexts(torch.ones(1, 3, 4), None, torch.ones(1, 3, 4), None, batch=1)[1] is None
-
-
-def test_masked_words_equal_diffusers(tmp_path):
-    network = shaken(UNet(channels=(32, 64), context_dim=16, attention=(True, False)))
+def test_a_masked_context_equals_diffusers(tmp_path):
+    network = small_unet(attention=(True, False))
     save_stable_diffusion(network, tmp_path)
     peer = UNet2DConditionModel.from_pretrained(tmp_path).eval()
-    x, t, words = torch.randn(2, 3, 16, 16), torch.tensor([3, 700]), torch.randn(2, 6, 16)
+    x = torch.randn(2, 3, 16, 16)
+    t = torch.tensor([3, 700])
+    context = torch.randn(2, 6, 16)
     mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
-    torch.testing.assert_close(network(x, t, words, mask), peer(x, t, words, encoder_attention_mask=mask).sample, rtol=0, atol=1e-5)
+    expected = peer(x, t, context, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(network(x, t, context, mask), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_checkpointing_changes_memory_and_nothing_else(learned):
+def test_checkpointing_keeps_less_memory_and_gives_the_same_gradients(learned):
     options = dict(channels=(32, 64), context_dim=16, out_channels=6 if learned else 3)
-    network, lean = shaken(UNet(**options)).train(), UNet(**options, checkpointing=True)
-    lean.load_state_dict(network.state_dict())
-    diffusion = GaussianDiffusion(NoiseSchedule.cosine(1000), variance="learned_range" if learned else "fixed_small")
-    x0, t, words = torch.randn(4, 3, 16, 16).clamp(-1, 1), torch.tensor([3, 100, 500, 900]), torch.randn(4, 5, 16)
-    kept = {}
-    for module in (network, lean):
-        with saved_tensors_hooks(lambda y, m=module: kept.__setitem__(m, kept.get(m, 0) + y.nbytes) or y, lambda y: y):
-            loss = diffusion.loss(module, x0, t, words, generator=torch.Generator().manual_seed(0)).mean()
+    network = without_zeros(UNet(**options)).train()
+    checkpointed = UNet(**options, checkpointing=True)
+    checkpointed.load_state_dict(network.state_dict())
+    variance = "learned_range" if learned else "fixed_small"
+    diffusion = GaussianDiffusion(NoiseSchedule.cosine(1000), variance=variance)
+    x0 = torch.randn(4, 3, 16, 16).clamp(-1, 1)
+    t = torch.tensor([3, 100, 500, 900])
+    context = torch.randn(4, 5, 16)
+
+    def saved_bytes(module):
+        """Compute the gradients; return the size of what was kept for them."""
+        total = 0
+
+        def pack(y):
+            nonlocal total
+            total += y.nbytes
+            return y
+
+        with saved_tensors_hooks(pack, lambda y: y):
+            generator = torch.Generator().manual_seed(0)
+            loss = diffusion.loss(module, x0, t, context, generator=generator).mean()
         loss.backward()
-    assert kept[lean] < 0.5 * kept[network]
-    for a, b in zip(network.parameters(), lean.parameters()):
+        return total
+
+    assert saved_bytes(checkpointed) < 0.5 * saved_bytes(network)
+    for a, b in zip(network.parameters(), checkpointed.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_sleeps_in_eval():
-    network, x, t = shaken(UNet(channels=(32,), dropout=0.5)), torch.randn(1, 3, 8, 8), torch.tensor([1])
+def test_dropout_is_off_in_eval_mode():
+    network = without_zeros(UNet(channels=(32,), dropout=0.5))
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([1])
     assert torch.equal(network(x, t), network(x, t))
     network.train()
     assert not torch.allclose(network(x, t), network(x, t))
 
 
-def test_a_class_is_a_caption_of_one_word():
+def test_a_class_label_is_a_context_of_one_token():
     torch.manual_seed(0)
-    network, classes = shaken(UNet(channels=(32,), context_dim=8, pooled=True)), torch.nn.Embedding(10, 8)
-    x, t = torch.randn(1, 3, 8, 8).expand(3, -1, -1, -1), torch.tensor([1]).expand(3)
-    a, b, again = network(x, t, classes(torch.tensor([4, 7, 4]))[:, None])
-    assert not torch.allclose(a, b, atol=1e-3)
-    torch.testing.assert_close(a, again)
+    network = without_zeros(UNet(channels=(32,), context_dim=8, pooled=True))
+    classes = torch.nn.Embedding(10, 8)
+    x = torch.randn(1, 3, 8, 8).expand(3, -1, -1, -1)
+    t = torch.tensor([1]).expand(3)
+    class_4, class_7, class_4_again = network(x, t, classes(torch.tensor([4, 7, 4]))[:, None])
+    assert not torch.allclose(class_4, class_7, atol=1e-3)
+    torch.testing.assert_close(class_4, class_4_again)
 
 
 def test_the_first_versions_network_has_its_size():
     with torch.device("meta"):
-        plain, learned = UNet.easy_diffusion_2023(), UNet.easy_diffusion_2023(learned_variance=True)
-    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (plain, learned)]
-    assert sizes == [92_773_123, 92_776_582]
+        fixed = UNet.easy_diffusion_2023()
+        learned = UNet.easy_diffusion_2023(learned_variance=True)
+    assert sum(parameter.numel() for parameter in fixed.parameters()) == 92_773_123
+    assert sum(parameter.numel() for parameter in learned.parameters()) == 92_776_582
     with torch.device("meta"):
-        pictures = torch.empty(2, 3, 128, 128), torch.empty(2, dtype=torch.long), torch.empty(2, 52, 768)
-        assert plain(*pictures).shape == (2, 3, 128, 128) and learned(*pictures).shape == (2, 6, 128, 128)
+        x = torch.empty(2, 3, 128, 128)
+        t = torch.empty(2, dtype=torch.long)
+        context = torch.empty(2, 52, 768)
+        assert fixed(x, t, context).shape == (2, 3, 128, 128)
+        assert learned(x, t, context).shape == (2, 6, 128, 128)
 
 
-def test_compiled_networks_remember_words_and_notice_changed_weights():
-    network = shaken(UNet(channels=(32,), context_dim=16))
+# ---------------------------------------------------------------- cached context, batched guidance
+
+# In each, the layer that first depends on the context is at another place.
+LAYOUTS = [
+    dict(attention=(False, True)),
+    dict(attention=(True, False)),
+    dict(pooled=True),
+    dict(patch=2),
+]
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+@pytest.mark.parametrize("captions", [1, 3])
+def test_a_cached_context_gives_the_same_output(options, captions):
+    network = small_unet(**options)
+    t = torch.tensor([3, 500, 700])
+    x = torch.randn(3, 3, 16, 16)
+    context = torch.randn(captions, 9, 16)
+    mask = torch.arange(9) < torch.randint(2, 7, (captions, 1))
+    cached = network.cache_context(context, mask)
+    # Tokens that are padding in all captions are left out.
+    assert len(cached[0].context[0]) == mask.any(0).sum() < 9
+    with torch.no_grad():
+        expected = network(x, t, context.expand(3, -1, -1), mask.expand(3, -1))
+        for _ in range(2):
+            torch.testing.assert_close(network(x, t, *cached), expected, rtol=0, atol=2e-5)
+
+
+def test_keys_are_computed_once_and_again_when_the_weights_change():
+    network = small_unet()
+    t = torch.tensor([5])
+    x = torch.randn(1, 3, 16, 16)
+    context = torch.randn(1, 4, 16)
+    to_k = network.middle[1].block.cross_attention.to_k
+    calls = count_calls(to_k)
+    cached = network.cache_context(context)
+    with torch.no_grad():
+        network(x, t, *cached)
+        network(x, t, *cached)
+        assert len(calls) == 1
+        to_k.weight.mul_(2)
+        expected = network(x, t, context)
+        torch.testing.assert_close(network(x, t, *cached), expected, rtol=0, atol=1e-5)
+
+    # With gradients, each call builds a graph of its own.
+    network(x, t, *cached).sum().backward()
+    network(x, t, *cached).sum().backward()
+    assert to_k.weight.grad.abs().max() > 0
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(network(x, t, *cached)).all()
+
+
+def test_a_compiled_network_caches_a_context_and_notices_changed_weights():
+    network = without_zeros(UNet(channels=(32,), context_dim=16))
     compiled = torch.compile(network, backend="eager")
-    x, t, words = torch.randn(1, 3, 8, 8), torch.tensor([5]), torch.randn(1, 4, 16)
-    remembered = compiled.cache_context(words)
+    x = torch.randn(1, 3, 8, 8)
+    t = torch.tensor([5])
+    context = torch.randn(1, 4, 16)
+    cached = compiled.cache_context(context)
     with torch.no_grad():
         for _ in range(2):
-            torch.testing.assert_close(compiled(x, t, *remembered), network(x, t, words), rtol=0, atol=1e-5)
+            expected = network(x, t, context)
+            torch.testing.assert_close(compiled(x, t, *cached), expected, rtol=0, atol=1e-5)
             network.middle[1].block.cross_attention.to_v.weight.mul_(2)
 
 
-@pytest.mark.parametrize("call, says", [
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+def test_several_captions_an_image_are_computed_together_before_the_context(options):
+    network = small_unet(**options)
+    x = torch.randn(2, 3, 16, 16)
+    t = torch.tensor([3, 700])
+    context = torch.randn(6, 4, 16)
+    batch_sizes = []
+    network.conv_in.register_forward_hook(lambda _, x, __: batch_sizes.append(len(x[0])))
+    out = network(x, t, context)
+    assert batch_sizes == [2]
+    assert len(out) == 6
+    expected = network(x.repeat(3, 1, 1, 1), t.repeat(3), context)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+def test_guidance_calls_a_network_once_with_the_same_prediction_as_two_calls(options, masked):
+    network = small_unet(**options)
+    calls = count_calls(network)
+
+    def to_prediction(output, x_t, t):
+        return Prediction(output, x_t - output, t.view(-1, 1, 1, 1) * torch.ones(1))
+
+    x = torch.randn(2, 3, 16, 16)
+    t = torch.tensor([3, 700])
+    context = torch.randn(2, 6, 16)
+    mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6]) if masked else None
+    cond = Denoiser(network, to_prediction, context, mask)
+    uncond = Denoiser(network, to_prediction, torch.randn(1, 1, 16))
+
+    def not_a_denoiser(x_t, t):
+        return cond(x_t, t)
+
+    with torch.no_grad():
+        once = guided(cond, uncond, 3.0)(x, t)
+        assert len(calls) == 1
+        twice = guided(not_a_denoiser, uncond, 3.0)(x, t)
+        assert len(calls) == 3
+    for a, b in zip(once, twice, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-5)
+
+
+def test_only_denoisers_of_the_same_network_are_batched():
+    first = without_zeros(UNet(channels=(32,), context_dim=16))
+    second = without_zeros(UNet(channels=(32,), context_dim=16))
+    context = torch.randn(1, 2, 16)
+    calls_of_first = count_calls(first)
+    calls_of_second = count_calls(second)
+
+    def to_prediction(output, x_t, t):
+        return Prediction(output, output)
+
+    denoise_both = batched_guidance(
+        Denoiser(first, to_prediction, context), Denoiser(second, to_prediction, context)
+    )
+    denoise_both(torch.randn(1, 3, 8, 8), torch.tensor([1]))
+    assert len(calls_of_first) + len(calls_of_second) == 2
+
+
+def test_concatenated_contexts_are_padded_and_the_padding_is_masked():
+    long, short = torch.ones(2, 3, 4), torch.ones(1, 1, 4)
+    context, mask = concat_contexts(long, None, short, None, batch=2)
+    assert context.shape == (4, 3, 4)
+    assert mask.tolist() == [[True] * 3] * 2 + [[True, False, False]] * 2
+    same_length = torch.ones(1, 3, 4)
+    _, mask = concat_contexts(same_length, None, same_length, None, batch=1)
+    assert mask is None
+
+
+# ---------------------------------------------------------------- errors
+
+
+def call_with_context(context):
+    network = UNet(channels=(32,), context_dim=4)
+    return network(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), context)
+
+
+def denoise_three_images_with_two_captions():
+    denoise = Denoiser(None, None, torch.zeros(2, 1, 4))
+    return denoise(torch.zeros(3, 3, 8, 8), torch.tensor([1]))
+
+
+def call_with_an_odd_height():
+    network = UNet(channels=(32, 64), patch=2)
+    return network(torch.randn(1, 3, 30, 32), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("call, message", [
     (lambda: UNet(pooled=True), "context_dim"),
-    (lambda: Denoiser(None, None, torch.zeros(2, 1, 4))(torch.zeros(3, 3, 8, 8), torch.tensor([1])), "2 captions for 3"),
-    (lambda: concat_contexts(torch.zeros(2, 1, 4), None, torch.zeros(1, 1, 4), None, 4), "2 captions for 4"),
-    (lambda: UNet(channels=(32,), context_dim=4)(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.zeros(3, 1, 4)), "3 captions"),
-    (lambda: UNet(channels=(32,), context_dim=4)(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2])), "needs a context"),
+    (denoise_three_images_with_two_captions, "2 captions for 3"),
+    (
+        lambda: concat_contexts(torch.zeros(2, 1, 4), None, torch.zeros(1, 1, 4), None, 4),
+        "2 captions for 4",
+    ),
+    (lambda: call_with_context(torch.zeros(3, 1, 4)), "3 captions"),
+    (lambda: call_with_context(None), "needs a context"),
     (lambda: UNet(channels=(48,)), "multiples of 32"),
     (lambda: UNet(channels=(32, 64), attention=(True,)), "one entry a level"),
     (lambda: Attention(30, heads=4), "4 heads"),
-    (lambda: UNet(channels=(32, 64), patch=2)(torch.randn(1, 3, 30, 32), torch.tensor([1])), "multiples of 4"),
+    (call_with_an_odd_height, "multiples of 4"),
 ])
-def test_wrong_numbers_are_named(call, says):
-    with pytest.raises(ValueError, match=says):
+def test_wrong_sizes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
         call()

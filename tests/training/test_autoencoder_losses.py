@@ -1,3 +1,5 @@
+"""The terms of the autoencoder's loss, against closed forms and torchvision."""
+
 import pytest
 import torch
 import torchvision
@@ -14,102 +16,130 @@ from easy_diffusion.training.autoencoder_losses import (
 )
 
 
-def pictures(count=2, size=32, seed=0):
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def random_images(count=2, size=32, seed=0):
+    """Uniform in [-1, 1], [count, 3, size, size]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 3, size, size, generator=generator) * 2 - 1
 
 
-def test_a_pyramid_is_the_picture_in_other_words():
-    x = pictures().double()
-    parts = laplacian_pyramid(x, 4)
-    assert [part.shape[-1] for part in parts] == [32, 16, 8, 4]
-    back = parts[-1]
-    for part in reversed(parts[:-1]):
-        back = nn.functional.interpolate(back, scale_factor=2, mode="bilinear", align_corners=False) + part
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-12)
+def test_the_image_follows_from_its_laplacian_pyramid():
+    x = random_images().double()
+    pyramid = laplacian_pyramid(x, 4)
+    assert [level.shape[-1] for level in pyramid] == [32, 16, 8, 4]
+    restored = pyramid[-1]
+    for details in reversed(pyramid[:-1]):
+        enlarged = nn.functional.interpolate(
+            restored, scale_factor=2, mode="bilinear", align_corners=False
+        )
+        restored = enlarged + details
+    torch.testing.assert_close(restored, x, rtol=0, atol=1e-12)
 
 
-def test_structure_minds_blur_more_than_brightness():
-    """A blur, and another brightness of the same mean absolute difference."""
+def test_structure_penalizes_blur_more_than_brightness():
+    """A blur and a change of brightness with the same mean absolute difference."""
     sharp = torch.zeros(1, 3, 64, 64)
-    sharp[..., ::16, :] = sharp[..., :, ::16] = 1.0                         # thin lines
-    blurred = nn.functional.avg_pool2d(nn.functional.pad(sharp, (2, 2, 2, 2), mode="circular"), 5, stride=1)
-    wrong = (sharp - blurred).abs().mean()
-    offset = sharp + wrong                                                  # all a little brighter
-    assert float((sharp - offset).abs().mean()) == pytest.approx(float(wrong), rel=1e-4)
+    sharp[..., ::16, :] = 1.0                                   # thin lines
+    sharp[..., :, ::16] = 1.0
+    padded = nn.functional.pad(sharp, (2, 2, 2, 2), mode="circular")
+    blurred = nn.functional.avg_pool2d(padded, 5, stride=1)
+    difference = (sharp - blurred).abs().mean()
+    brighter = sharp + difference
+    assert float((sharp - brighter).abs().mean()) == pytest.approx(float(difference), rel=1e-4)
+    assert structure_loss(sharp, blurred) > 1.5 * structure_loss(sharp, brighter)
+    assert structure_loss(sharp, sharp) == 0
     with pytest.raises(ValueError, match="multiples of 8, not \\(36, 32\\)"):
         structure_loss(sharp[..., :36, :32], sharp[..., :36, :32])
-    assert structure_loss(sharp, blurred) > 1.5 * structure_loss(sharp, offset) and structure_loss(sharp, sharp) == 0
 
 
-def test_the_discriminator_judges_patches_one_by_one():
-    """A change of one pixel reaches the answers of the patches that hold it, 26 pixels wide, but for what the norms carry; and no other
-    picture of the batch."""
+def test_the_discriminator_judges_each_patch_and_each_image_alone():
+    """A logit depends on 26×26 pixels, but for the normalization, and on no other image."""
     torch.manual_seed(0)
-    discriminator, x = PatchDiscriminator(width=32), pictures(2, 64)
-    answers = discriminator(x)
-    assert answers.shape == (2, 1, 16, 16)
-    torch.testing.assert_close(discriminator(x[:1]), answers[:1], rtol=0, atol=1e-6)
-    without_norms = nn.Sequential(*[layer for layer in discriminator.layers if not isinstance(layer, nn.GroupNorm)])
-    changed = x.clone().requires_grad_()
-    without_norms(changed)[0, 0, 8, 8].backward()
-    rows = changed.grad[0].abs().sum(dim=(0, 2)).nonzero()[:, 0]
-    assert int(rows.max() - rows.min()) + 1 == 26 and changed.grad[1].abs().max() == 0
+    discriminator = PatchDiscriminator(width=32)
+    x = random_images(2, 64)
+    logits = discriminator(x)
+    assert logits.shape == (2, 1, 16, 16)
+    torch.testing.assert_close(discriminator(x[:1]), logits[:1], rtol=0, atol=1e-6)
+
+    layers = [layer for layer in discriminator.layers if not isinstance(layer, nn.GroupNorm)]
+    without_normalization = nn.Sequential(*layers)
+    x = x.clone().requires_grad_()
+    without_normalization(x)[0, 0, 8, 8].backward()
+    rows = x.grad[0].abs().sum(dim=(0, 2)).nonzero()[:, 0]
+    assert int(rows.max() - rows.min()) + 1 == 26
+    assert x.grad[1].abs().max() == 0
 
 
 def test_the_hinge_loss_in_closed_form():
-    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])        # ½ ((0 + ½) / 2 + (0 + 1) / 2)
-    assert float(discriminator_loss(real, fake)) == pytest.approx(0.375)
+    real = torch.tensor([2.0, 0.5])
+    fake = torch.tensor([-2.0, 0.0])
+    expected = ((0 + 0.5) / 2 + (0 + 1) / 2) / 2                # 0.375
+    assert float(discriminator_loss(real, fake)) == pytest.approx(expected)
 
 
-def test_the_adaptive_weight_makes_two_pulls_equally_strong():
+def test_the_adaptive_weight_makes_two_gradients_equally_long():
     weight = torch.tensor([3.0, 4.0], requires_grad=True)
-    ours, theirs = (5 * weight).sum(), (0.1 * weight).sum()
-    factor = adaptive_weight(ours, theirs, weight)
-    assert float(factor) == pytest.approx(50, rel=1e-2) and not factor.requires_grad
-    assert float(adaptive_weight(ours, 0 * theirs, weight)) == 1e4
+    reconstruction = (5 * weight).sum()
+    adversarial = (0.1 * weight).sum()
+    factor = adaptive_weight(reconstruction, adversarial, weight)
+    assert float(factor) == pytest.approx(50, rel=1e-2)
+    assert not factor.requires_grad
+    assert float(adaptive_weight(reconstruction, 0 * adversarial, weight)) == 1e4
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Random weights in the two files of LPIPS: torchvision's VGG16, and five layers of one weight a channel."""
+def lpips_files(tmp_path_factory):
+    """The two files of LPIPS with random weights: VGG16, and one weight for each channel."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("lpips")
     vgg = torchvision.models.vgg16().state_dict()
-    torch.save({name: tensor for name, tensor in vgg.items() if name.startswith("features.")}, folder / "vgg16.pth")
-    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+    features = {name: tensor for name, tensor in vgg.items() if name.startswith("features.")}
+    torch.save(features, folder / "vgg16.pth")
+    linear = {
+        f"lin{i}.model.1.weight": torch.rand(1, channels, 1, 1)
+        for i, channels in enumerate((64, 128, 256, 512, 512))
+    }
     torch.save(linear, folder / "vgg.pth")
     return folder
 
 
-def test_lpips_equals_its_definition(weights):
-    """Zhang et al. 2018, equation 1, by torchvision's own network and its feature extractor."""
-    lpips, vgg = LPIPS(weights / "vgg16.pth", weights / "vgg.pth"), torchvision.models.vgg16()
-    vgg.load_state_dict(torch.load(weights / "vgg16.pth", weights_only=True), strict=False)
+def test_lpips_equals_its_definition(lpips_files):
+    """Zhang et al. 2018, equation 1, with torchvision's own network and its feature extractor."""
+    lpips = LPIPS(lpips_files / "vgg16.pth", lpips_files / "vgg.pth")
+    vgg = torchvision.models.vgg16()
+    vgg.load_state_dict(torch.load(lpips_files / "vgg16.pth", weights_only=True), strict=False)
     names = {f"features.{i}": str(i) for i in (3, 8, 15, 22, 29)}
     extractor = create_feature_extractor(vgg.eval(), names)
-    linear = torch.load(weights / "vgg.pth", weights_only=True)
-    x, y = pictures(2, 64), pictures(2, 64, seed=1)
+    linear = torch.load(lpips_files / "vgg.pth", weights_only=True)
+    to_vgg = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    x = random_images(2, 64)
+    y = random_images(2, 64, seed=1)
     with torch.no_grad():
-        to_vgg = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        a, b = (extractor(to_vgg((picture + 1) / 2)) for picture in (x, y))
+        features_x = extractor(to_vgg((x + 1) / 2))
+        features_y = extractor(to_vgg((y + 1) / 2))
         expected = torch.zeros(2)
-        for depth, name in enumerate(names.values()):
-            difference = nn.functional.normalize(a[name], dim=1) - nn.functional.normalize(b[name], dim=1)
-            expected += nn.functional.conv2d(difference ** 2, linear[f"lin{depth}.model.1.weight"]).mean(dim=(1, 2, 3))
-    torch.testing.assert_close(lpips(x, y), expected, rtol=2e-3, atol=0)      # its mean and deviation are rounded to three digits
-    assert not any(parameter.requires_grad for parameter in lpips.parameters()) and lpips(x, x).abs().max() == 0
-    moved = y.clone().requires_grad_()
-    lpips(x, moved).sum().backward()
-    assert moved.grad.abs().max() > 0
+        for i, name in enumerate(names.values()):
+            a = nn.functional.normalize(features_x[name], dim=1)
+            b = nn.functional.normalize(features_y[name], dim=1)
+            weighted = nn.functional.conv2d((a - b) ** 2, linear[f"lin{i}.model.1.weight"])
+            expected += weighted.mean(dim=(1, 2, 3))
+    # LPIPS rounds the mean and the standard deviation of the images to three digits.
+    torch.testing.assert_close(lpips(x, y), expected, rtol=2e-3, atol=0)
+    assert lpips(x, x).abs().max() == 0
+    assert not any(parameter.requires_grad for parameter in lpips.parameters())
+    y = y.clone().requires_grad_()
+    lpips(x, y).sum().backward()
+    assert y.grad.abs().max() > 0
 
 
-def test_other_files_are_no_lpips(weights, tmp_path):
+def test_lpips_refuses_other_files(lpips_files, tmp_path):
+    vgg = lpips_files / "vgg16.pth"
+    linear = lpips_files / "vgg.pth"
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        LPIPS(tmp_path / "nowhere", weights / "vgg.pth")
-    with pytest.raises(ValueError, match="not torchvision's VGG16"):
-        LPIPS(weights / "vgg.pth", weights / "vgg.pth")
+        LPIPS(tmp_path / "nowhere", linear)
+    with pytest.raises(ValueError, match="does not hold torchvision's VGG16"):
+        LPIPS(linear, linear)
     with pytest.raises(ValueError, match="no lin0.model.1.weight"):
-        LPIPS(weights / "vgg16.pth", weights / "vgg16.pth")
-    (tmp_path / "half.pth").write_bytes((weights / "vgg.pth").read_bytes()[:500])
+        LPIPS(vgg, vgg)
+    (tmp_path / "truncated.pth").write_bytes(linear.read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged"):
-        LPIPS(weights / "vgg16.pth", tmp_path / "half.pth")
+        LPIPS(vgg, tmp_path / "truncated.pth")

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import numpy as np
@@ -9,108 +10,148 @@ from datasets.dishes import Dishes
 from easy_diffusion.training.data_loader import derive_seed, infinite_batches, make_loader
 
 
-def test_an_epoch_gives_each_item_once_in_another_order_each_time():
-    numbers = torch.utils.data.TensorDataset(torch.arange(60))
-    loader = make_loader(numbers, 6)
-    epochs = [torch.cat([batch for batch, in loader]).tolist() for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(60)) and epochs[0] != epochs[1] and epochs[0] != list(range(60))
+def make_indices(length):
+    """A dataset whose items are their own indices."""
+    return torch.utils.data.TensorDataset(torch.arange(length))
 
 
-def test_pictures_stay_bytes_and_a_collate_of_ones_own_is_called():
-    pictures, names = next(iter(make_loader(Dishes(8, 32), 4)))
-    assert pictures.dtype == torch.uint8 and pictures.shape == (4, 3, 32, 32) and len(names) == 4
+def take(batches, count):
+    """The first batches of an iterator over a dataset of indices, as lists."""
+    return [batch.tolist() for batch, in itertools.islice(batches, count)]
+
+
+def test_an_epoch_has_each_item_once_in_a_new_order():
+    loader = make_loader(make_indices(60), 6)
+    first, second = (torch.cat([batch for batch, in loader]).tolist() for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(60))
+    assert first != second
+    assert first != list(range(60))
+
+
+def test_images_stay_uint8_and_a_given_collate_is_called():
+    images, names = next(iter(make_loader(Dishes(8, 32), 4)))
+    assert images.dtype == torch.uint8
+    assert images.shape == (4, 3, 32, 32)
+    assert len(names) == 4
     assert next(iter(make_loader(Dishes(8, 32), 4, collate=len))) == 4
 
 
 def test_with_cuda_workers_are_spawned_and_memory_is_pinned(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     loader = make_loader(Dishes(8, 32), 4)
-    assert loader.num_workers > 0 and loader.multiprocessing_context.get_start_method() == "spawn"
-    assert loader.pin_memory and loader.persistent_workers
+    assert loader.num_workers > 0
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    assert loader.pin_memory
+    assert loader.persistent_workers
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     loader = make_loader(Dishes(8, 32), 4)
-    assert loader.num_workers == 0 and not loader.pin_memory
+    assert loader.num_workers == 0
+    assert not loader.pin_memory
 
 
-def test_workers_give_what_one_process_gives():
-    numbers = torch.utils.data.TensorDataset(torch.arange(12))
-    alone, together = ([batch.tolist() for batch, in make_loader(numbers, 3, workers)] for workers in (0, 2))
-    assert alone == together
+def test_workers_read_what_one_process_reads():
+    alone, by_workers = (
+        [batch.tolist() for batch, in make_loader(make_indices(12), 3, workers)]
+        for workers in (0, 2)
+    )
+    assert alone == by_workers
 
 
-def test_too_few_items_and_empty_loaders_are_named():
+def test_too_few_items_and_empty_loaders_are_refused():
     with pytest.raises(ValueError, match="3 items do not fill a batch of 4"):
         make_loader(Dishes(3, 32), 4)
     with pytest.raises(ValueError, match="batch of 0"):
         make_loader(Dishes(3, 32), 0)
-    with pytest.raises(ValueError, match="gives no batch"):
+    with pytest.raises(ValueError, match="yields no batch"):
         next(infinite_batches([]))
 
 
 @pytest.mark.parametrize("workers, prepared", [(0, False), (2, False), (0, True)])
-def test_the_order_goes_on_from_any_step(workers, prepared):
-    """Of the loader itself, and as accelerate wraps it."""
-    numbers = torch.utils.data.TensorDataset(torch.arange(23))
-    whole = [next_batch[0].tolist() for next_batch, _ in zip(infinite_batches(make_loader(numbers, 4, workers)), range(13))]
-    for start in (1, 4, 5, 9):                                              # five batches an epoch
-        loader = make_loader(numbers, 4, workers)
-        later = infinite_batches(Accelerator(mixed_precision="no").prepare(loader) if prepared else loader, start)
-        assert [batch[0].tolist() for batch, _ in zip(later, range(13 - start))] == whole[start:]
-    again = make_loader(numbers, 4, workers)
-    next(infinite_batches(again, 3))                                                 # a loader that was used before, and left in the middle
-    assert [batch[0].tolist() for batch, _ in zip(infinite_batches(again, 5), range(8))] == whole[5:]
-    assert whole != [batch[0].tolist() for batch, _ in zip(infinite_batches(make_loader(numbers, 4, workers, seed=1)), range(13))]
+def test_the_order_resumes_at_any_step(workers, prepared):
+    """With the loader itself, and with the one into which accelerate wraps it."""
+    dataset = make_indices(23)
+    whole = take(infinite_batches(make_loader(dataset, 4, workers)), 13)
+    for start in (1, 4, 5, 9):              # an epoch has five batches
+        loader = make_loader(dataset, 4, workers)
+        if prepared:
+            loader = Accelerator(mixed_precision="no").prepare(loader)
+        assert take(infinite_batches(loader, start), 13 - start) == whole[start:]
+
+    used_loader = make_loader(dataset, 4, workers)
+    next(infinite_batches(used_loader, 3))  # and left in the middle of an epoch
+    assert take(infinite_batches(used_loader, 5), 8) == whole[5:]
+    other_seed = make_loader(dataset, 4, workers, seed=1)
+    assert take(infinite_batches(other_seed), 13) != whole
 
 
-class Dice(torch.utils.data.Dataset):
-    """Items that torch's, numpy's and Python's generators have a say in."""
+class RandomItems(torch.utils.data.Dataset):
+    """Items that contain a random number from each of torch, numpy and Python."""
 
     def __len__(self):
         return 24
 
     def __getitem__(self, i):
-        return torch.tensor([i, float(torch.rand(())), np.random.rand(), random.random()], dtype=torch.float64)
+        item = [i, float(torch.rand(())), np.random.rand(), random.random()]
+        return torch.tensor(item, dtype=torch.float64)
 
 
-def test_what_a_dataset_draws_by_chance_belongs_to_the_batch_whoever_reads_it():
-    """In this process, in workers, or by a run that goes on in the middle of an epoch."""
-    whole = [batch for batch, _ in zip(infinite_batches(make_loader(Dice(), 4)), range(13))]
-    assert len(torch.cat(whole)[:, 1:].unique()) == 3 * 4 * 13              # no two draws are the same, in another epoch neither
-    in_workers = [batch for batch, _ in zip(infinite_batches(make_loader(Dice(), 4, workers=2)), range(13))]
-    later = [batch for batch, _ in zip(infinite_batches(make_loader(Dice(), 4, workers=2), 8), range(5))]
-    assert torch.equal(torch.stack(in_workers), torch.stack(whole)) and torch.equal(torch.stack(later), torch.stack(whole[8:]))
+def test_the_random_numbers_of_a_dataset_belong_to_the_batch():
+    """They are the same in this process, in workers, and after resuming within an epoch."""
+    loader = make_loader(RandomItems(), 4)
+    whole = torch.stack(list(itertools.islice(infinite_batches(loader), 13)))
+    assert len(whole[:, :, 1:].unique()) == 3 * 4 * 13      # different ones in every epoch
+
+    loader = make_loader(RandomItems(), 4, workers=2)
+    in_workers = torch.stack(list(itertools.islice(infinite_batches(loader), 13)))
+    assert torch.equal(in_workers, whole)
+
+    loader = make_loader(RandomItems(), 4, workers=2)
+    resumed = torch.stack(list(itertools.islice(infinite_batches(loader, 8), 5)))
+    assert torch.equal(resumed, whole[8:])
 
 
 def test_reading_leaves_the_generators_of_the_caller_alone():
-    torch.manual_seed(5)
-    np.random.seed(5)
-    random.seed(5)
+    def seed_all():
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+
+    seed_all()
     expected = torch.rand(()), np.random.rand(), random.random()
-    torch.manual_seed(5)
-    np.random.seed(5)
-    random.seed(5)
-    for _ in make_loader(Dice(), 4):
+    seed_all()
+    for _ in make_loader(RandomItems(), 4):
         pass
     assert expected == (torch.rand(()), np.random.rand(), random.random())
 
 
-@pytest.mark.parametrize("items, batch, processes", [(24, 4, 2), (24, 2, 3), (25, 4, 2)])
-def test_processes_share_an_epoch_evenly_and_see_together_what_one_sees(items, batch, processes):
-    """Each record once an epoch; of 25 one is left out, another in each epoch."""
-    numbers, steps = torch.utils.data.TensorDataset(torch.arange(items)), 2 * (items // (batch * processes))
-    shares = [[step[0].tolist() for step, _ in zip(infinite_batches(make_loader(numbers, batch), 0, i, processes), range(steps))]
-              for i in range(processes)]
-    together = [sum(parts, []) for parts in zip(*shares)]
-    assert together == [step[0].tolist() for step, _ in zip(infinite_batches(make_loader(numbers, batch * processes)), range(steps))]
-    epoch = sum(together[:steps // 2], [])
-    assert len(set(epoch)) == len(epoch) == items // (batch * processes) * batch * processes
-    assert items == 25 or sorted(epoch) == list(range(items))
+@pytest.mark.parametrize("items, batch, world_size", [(24, 4, 2), (24, 2, 3), (25, 4, 2)])
+def test_processes_divide_an_epoch_evenly_and_read_what_one_process_reads(items, batch, world_size):
+    """Each item once an epoch; of 25 items one is left out, a different one in each epoch."""
+    dataset = make_indices(items)
+    epoch_steps = items // (batch * world_size)
+    steps = 2 * epoch_steps
+    by_rank = [
+        take(infinite_batches(make_loader(dataset, batch), 0, rank, world_size), steps)
+        for rank in range(world_size)
+    ]
+    of_all = [sum(batches, []) for batches in zip(*by_rank)]
+    alone = take(infinite_batches(make_loader(dataset, batch * world_size)), steps)
+    assert of_all == alone
+
+    epoch = sum(of_all[:epoch_steps], [])
+    assert len(set(epoch)) == len(epoch) == epoch_steps * batch * world_size
+    if items != 25:
+        assert sorted(epoch) == list(range(items))
     with pytest.raises(ValueError, match="do not fill 30 batches"):
-        next(infinite_batches(make_loader(numbers, batch), 0, 0, 30))
+        next(infinite_batches(make_loader(dataset, batch), 0, 0, 30))
 
 
-def test_near_seeds_have_nothing_in_common():
-    """The first draws of 2000 steps are as even and as unlike as any 2000 draws."""
-    first = torch.stack([torch.rand(2, generator=torch.Generator().manual_seed(derive_seed(0, i))) for i in range(2000)])
-    assert first.mean(0).sub(0.5).abs().max() < 0.03                        # a deviation of 0.0065
-    assert torch.corrcoef(torch.stack([first[:-1, 0], first[1:, 0], first[:-1, 1]])).triu(1).abs().max() < 0.1      # of 0.022
+def test_similar_seeds_give_uncorrelated_random_numbers():
+    """The first two numbers of 2000 consecutive steps behave like independent uniform ones."""
+    first = torch.stack([
+        torch.rand(2, generator=torch.Generator().manual_seed(derive_seed(0, step)))
+        for step in range(2000)
+    ])
+    assert first.mean(0).sub(0.5).abs().max() < 0.03        # standard error 0.0065
+    series = torch.stack([first[:-1, 0], first[1:, 0], first[:-1, 1]])
+    assert torch.corrcoef(series).triu(1).abs().max() < 0.1     # standard error 0.022

@@ -5,38 +5,52 @@ from easy_diffusion.training.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 96), (2, 96, 32), (1, 64, 64)])
-def test_orthogonal_keeps_the_directions_and_evens_their_lengths(shape):
+def test_orthogonalize_keeps_the_singular_vectors_and_equalizes_the_singular_values(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-    got = orthogonalize(matrices)
-    lengths = torch.einsum("nri,nrc,nic->ni", u, got, vh)                  # uᵢᵀ X vᵢ, 1 for the orthogonal matrix U Vᵀ
-    ratio = s / s.amax(dim=1, keepdim=True)
-    assert lengths[ratio > 0.05].min() > 0.6 and lengths.max() < 1.3       # the published coefficients reach 0.7 … 1.2; bf16
-    rest = got - torch.einsum("nri,ni,nic->nrc", u, lengths, vh)
-    assert rest.norm() < 0.1 * got.norm()
+    result = orthogonalize(matrices)
+    # uᵢᵀ X vᵢ, which is 1 for the orthogonal matrix X = U Vᵀ.
+    values = torch.einsum("nri,nrc,nic->ni", u, result, vh)
+    relative = s / s.amax(dim=1, keepdim=True)
+    # The published coefficients reach 0.7 … 1.2; bfloat16 adds an error.
+    assert values[relative > 0.05].min() > 0.6
+    assert values.max() < 1.3
+    rest = result - torch.einsum("nri,ni,nic->nrc", u, values, vh)
+    assert rest.norm() < 0.1 * result.norm()
 
 
-def test_steps_equal_torch():
+def test_steps_are_those_of_torchs_muon():
     torch.manual_seed(0)
-    start, target = torch.randn(48, 32), torch.randn(48, 32)
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = (Muon([ours], 0.02, momentum=0.95, weight_decay=0.1),
-                  torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1, nesterov=True, adjust_lr_fn="match_rms_adamw"))
+    start = torch.randn(48, 32)
+    target = torch.randn(48, 32)
+    ours = torch.nn.Parameter(start.clone())
+    theirs = torch.nn.Parameter(start.clone())
+    our_optimizer = Muon([ours], 0.02, momentum=0.95, weight_decay=0.1)
+    their_optimizer = torch.optim.Muon(
+        [theirs],
+        lr=0.02,
+        momentum=0.95,
+        weight_decay=0.1,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
     for _ in range(10):
-        for weight, optimizer in zip((ours, theirs), optimizers):
+        for parameter, optimizer in ((ours, our_optimizer), (theirs, their_optimizer)):
             optimizer.zero_grad()
-            (weight - target).square().sum().backward()
+            (parameter - target).square().sum().backward()
             optimizer.step()
-    moved = (theirs - start).norm()
-    assert (ours - theirs).norm() < 0.02 * moved                           # both orthogonalise in bfloat16
+    change = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * change       # both orthogonalize in bfloat16
 
 
-def test_a_convolution_is_a_matrix_of_its_output_channels():
+def test_a_convolution_counts_as_a_matrix_with_one_row_per_output_channel():
     torch.manual_seed(0)
-    conv, linear = torch.nn.Conv2d(4, 8, 3, bias=False), torch.nn.Linear(36, 8, bias=False)
+    conv = torch.nn.Conv2d(4, 8, 3, bias=False)
+    linear = torch.nn.Linear(36, 8, bias=False)
     linear.weight.data.copy_(conv.weight.flatten(1))
     for layer in (conv, linear):
-        layer.weight.grad = torch.randn(8, 36, generator=torch.Generator().manual_seed(1)).view_as(layer.weight)
+        gradient = torch.randn(8, 36, generator=torch.Generator().manual_seed(1))
+        layer.weight.grad = gradient.view_as(layer.weight)
         Muon([layer.weight], 0.1).step()
     torch.testing.assert_close(conv.weight.flatten(1), linear.weight)
 

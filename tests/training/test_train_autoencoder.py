@@ -1,3 +1,5 @@
+"""Training an autoencoder: it learns, resumes exactly, and refuses incompatible checkpoints."""
+
 import copy
 import multiprocessing
 import signal
@@ -16,127 +18,194 @@ from easy_diffusion.training.data_loader import make_loader
 from easy_diffusion.training.train_autoencoder import measure_latent_scale, train_autoencoder
 
 
-def run(steps, checkpoint=None, seconds=0.0, **options):
-    """The same run each time: weights, data, order and noise from seeds. seconds: between two checkpoints."""
+def make_autoencoder():
+    return Autoencoder((32, 32), blocks=1, patch=2)
+
+
+def full_precision():
+    return Accelerator(mixed_precision="no")
+
+
+def run_training(steps, checkpoint=None, save_seconds=0.0, **options):
+    """The same training at each call: weights, data, order and noise follow from seeds."""
     torch.manual_seed(0)
-    autoencoder, discriminator = Autoencoder((32, 32), blocks=1, patch=2), PatchDiscriminator(width=32)
-    return train_autoencoder(autoencoder, make_loader(Dishes(20, 32), 4), steps=steps, checkpoint=checkpoint, save_seconds=seconds,
-                             discriminator=discriminator, discriminator_from=0.4, muon_learning_rate=3e-3, warmup=2,
-                             accelerator=Accelerator(mixed_precision="no"), **options)
+    autoencoder = make_autoencoder()
+    discriminator = PatchDiscriminator(width=32)
+    return train_autoencoder(
+        autoencoder,
+        make_loader(Dishes(20, 32), 4),
+        steps=steps,
+        checkpoint=checkpoint,
+        save_seconds=save_seconds,
+        discriminator=discriminator,
+        discriminator_from=0.4,
+        muon_learning_rate=3e-3,
+        warmup=2,
+        accelerator=full_precision(),
+        **options,
+    )
 
 
-def weights_of(checkpoint):
+def load_all_weights(checkpoint):
+    """All weights in a checkpoint, by "network.parameter"."""
     saved = load_checkpoint(checkpoint)
-    return {f"{name}.{key}": tensor for name, state in saved["models"].items() for key, tensor in state.items()}
+    return {
+        f"{name}.{key}": tensor
+        for name, state in saved["models"].items() for key, tensor in state.items()
+    }
 
 
-def test_pictures_come_back_better_and_better():
-    *_, first = run(1)
-    for last in run(120):
+def test_reconstructions_improve():
+    *_, first = run_training(1)
+    for last in run_training(120):
         pass
-    assert last.terms["reconstruction"] < 0.6 * first.terms["reconstruction"] and 0 < last.progress <= 1
-    assert last.terms.keys() == {"reconstruction", "squared", "kl", "adversarial", "discriminator", "lambda"}
-    assert first.terms.keys() == {"reconstruction", "squared", "kl"}      # the discriminator had not joined yet
-    assert not last.autoencoder.training and not any(p.requires_grad for p in last.autoencoder.parameters())
+    assert last.terms["reconstruction"] < 0.6 * first.terms["reconstruction"]
+    assert 0 < last.progress <= 1
+    without_discriminator = {"reconstruction", "squared", "kl"}
+    assert first.terms.keys() == without_discriminator          # it has not joined yet
+    assert last.terms.keys() == without_discriminator | {"adversarial", "discriminator", "lambda"}
+    assert not last.autoencoder.training
+    assert not any(parameter.requires_grad for parameter in last.autoencoder.parameters())
 
 
-def reported_run(checkpoint, done):
+def run_and_report(checkpoint, steps_done):
     torch.set_num_threads(1)
-    for step in run(24, checkpoint):
-        done.value = step.index + 1
+    for step in run_training(24, checkpoint):
+        steps_done.value = step.index + 1
 
 
-def test_killed_at_random_moments_it_ends_with_the_weights_of_an_unbroken_run(tmp_path):
-    """Both optimizers, the discriminator, which joins at step 10, the average, the generator and the order of the pictures go on."""
-    context, random = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork"), np.random.default_rng(0)
+def test_killed_at_random_moments_it_ends_with_the_weights_of_an_uninterrupted_training(tmp_path):
+    """It resumes optimizers, discriminator (which joins at step 10), EMA, noise and data order."""
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    rng = np.random.default_rng(0)
 
     def start(name):
-        done = context.Value("i", 0)
-        process = context.Process(target=reported_run, args=(tmp_path / name, done))
+        steps_done = context.Value("i", 0)
+        process = context.Process(target=run_and_report, args=(tmp_path / name, steps_done))
         process.start()
-        return process, done
+        return process, steps_done
 
-    process, _ = start("whole")
+    process, _ = start("uninterrupted")
     process.join()
     assert process.exitcode == 0
-    for until in (2, 7, 11, 16, 21):                                        # the checkpoint is written at each step
-        process, done = start("broken")
-        while done.value < until and process.is_alive():
+    for kill_after in (2, 7, 11, 16, 21):                       # a checkpoint is saved at each step
+        process, steps_done = start("killed")
+        while steps_done.value < kill_after and process.is_alive():
             time.sleep(0.001)
-        time.sleep(float(random.uniform(0, 0.05)))
+        time.sleep(float(rng.uniform(0, 0.05)))
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL and until <= load_checkpoint(tmp_path / "broken")["index"] < 24
-    process, _ = start("broken")
+        assert process.exitcode == -signal.SIGKILL
+        assert kill_after <= load_checkpoint(tmp_path / "killed")["index"] < 24
+    process, _ = start("killed")
     process.join()
     assert process.exitcode == 0
-    whole, broken = weights_of(tmp_path / "whole"), weights_of(tmp_path / "broken")
-    assert whole.keys() == broken.keys() and len({name.split(".")[0] for name in whole}) == 3
-    assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
+
+    uninterrupted = load_all_weights(tmp_path / "uninterrupted")
+    killed = load_all_weights(tmp_path / "killed")
+    assert uninterrupted.keys() == killed.keys()
+    assert len({name.split(".")[0] for name in uninterrupted}) == 3
+    different = [
+        name for name in uninterrupted if not torch.equal(uninterrupted[name], killed[name])
+    ]
+    assert different == []
 
 
-def test_a_finished_run_yields_nothing_and_keeps_its_average(tmp_path):
-    *_, last = run(3, tmp_path / "c")
-    assert list(run(3, tmp_path / "c")) == []
-    kept, average = load_checkpoint(tmp_path / "c")["models"]["ema"], last.autoencoder.state_dict()
-    assert kept.keys() == average.keys() and all(torch.equal(kept[name], average[name]) for name in kept)
+def test_a_finished_training_yields_no_step_and_keeps_its_ema_weights(tmp_path):
+    *_, last = run_training(3, tmp_path / "c")
+    assert list(run_training(3, tmp_path / "c")) == []
+    saved = load_checkpoint(tmp_path / "c")["models"]["ema"]
+    expected = last.autoencoder.state_dict()
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
 
 
-def test_the_loss_is_the_sum_of_its_weighed_terms_and_each_network_learns_from_its_own():
-    weights = dict(squared=2.0, structure=0.3, kl=0.7, perceptual_weight=0.2, adversarial=0.4)
+def test_the_loss_is_the_weighted_sum_of_its_terms_and_each_network_learns_from_its_own():
+    def perceptual(x, y):
+        return (x - y).square().flatten(1).mean(dim=1)
+
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(width=32)
-    before = copy.deepcopy(discriminator.state_dict())
-    *_, step = train_autoencoder(Autoencoder((32, 32), blocks=1, patch=2), make_loader(Dishes(20, 32), 4), steps=3,
-                                 perceptual=lambda x, y: (x - y).square().flatten(1).mean(dim=1), discriminator=discriminator,
-                                 discriminator_from=0, discriminator_learning_rate=0, accelerator=Accelerator(mixed_precision="no"),
-                                 **weights)
+    initial_weights = copy.deepcopy(discriminator.state_dict())
+    *_, step = train_autoencoder(
+        make_autoencoder(),
+        make_loader(Dishes(20, 32), 4),
+        steps=3,
+        squared=2.0,
+        structure=0.3,
+        kl=0.7,
+        perceptual=perceptual,
+        perceptual_weight=0.2,
+        discriminator=discriminator,
+        discriminator_from=0,
+        discriminator_learning_rate=0,
+        adversarial=0.4,
+        accelerator=full_precision(),
+    )
     terms = step.terms
-    expected = (terms["reconstruction"] + 2.0 * terms["squared"] + 0.3 * terms["structure"] + 0.7 * terms["kl"] + 0.2 * terms["perceptual"]
-                + 0.4 * terms["lambda"] * terms["adversarial"])
-    assert step.loss == pytest.approx(expected, rel=1e-5) and min(terms["kl"], terms["perceptual"]) > 0
-    assert all(torch.equal(before[name], tensor) for name, tensor in discriminator.state_dict().items())
+    expected = (
+        terms["reconstruction"]
+        + 2.0 * terms["squared"]
+        + 0.3 * terms["structure"]
+        + 0.7 * terms["kl"]
+        + 0.2 * terms["perceptual"]
+        + 0.4 * terms["lambda"] * terms["adversarial"]
+    )
+    assert step.loss == pytest.approx(expected, rel=1e-5)
+    assert min(terms["kl"], terms["perceptual"]) > 0
+    for name, tensor in discriminator.state_dict().items():     # its own learning rate is 0
+        assert torch.equal(initial_weights[name], tensor)
 
 
-def test_half_precision_keeps_the_posterior_whole():
-    """Under autocast the last convolution before the latent, and the latent, stay in single precision."""
+def test_the_posterior_is_in_single_precision_under_autocast():
+    """So is the last convolution before the latent."""
     torch.manual_seed(0)
-    autoencoder, x = Autoencoder((32, 32), blocks=1), torch.randn(1, 3, 16, 16)
+    autoencoder = Autoencoder((32, 32), blocks=1)
+    x = torch.randn(1, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         posterior = autoencoder.encode(x)
-        assert posterior.mean.dtype == posterior.log_variance.dtype == posterior.sample().dtype == torch.float32
+        assert posterior.mean.dtype == torch.float32
+        assert posterior.log_variance.dtype == torch.float32
+        assert posterior.sample().dtype == torch.float32
         assert autoencoder(x)[0].shape == x.shape
 
 
-def test_checkpoints_of_another_run_are_refused(tmp_path):
-    for _ in run(2, tmp_path / "c"):
+def test_incompatible_checkpoints_and_wrong_arguments_are_refused(tmp_path):
+    for _ in run_training(2, tmp_path / "c"):
         pass
-    with pytest.raises(ValueError, match="one has autoencoder, ema and 1"):
-        next(train_autoencoder(Autoencoder((32, 32), blocks=1, patch=2), make_loader(Dishes(20, 32), 4), steps=4, checkpoint=tmp_path / "c",
-                               accelerator=Accelerator(mixed_precision="no")))
+    without_discriminator = train_autoencoder(
+        make_autoencoder(),
+        make_loader(Dishes(20, 32), 4),
+        steps=4,
+        checkpoint=tmp_path / "c",
+        accelerator=full_precision(),
+    )
+    with pytest.raises(ValueError, match="has the networks autoencoder, ema and optimizers: 1"):
+        next(without_discriminator)
     save_checkpoint(tmp_path / "other", {"weights": torch.ones(1)})
-    with pytest.raises(ValueError, match="not one of an autoencoder's training"):
-        next(run(2, tmp_path / "other"))
+    with pytest.raises(ValueError, match="not of an autoencoder's training"):
+        next(run_training(2, tmp_path / "other"))
     with pytest.raises(ValueError, match="steps=0"):
-        next(run(0))
+        next(run_training(0))
     with pytest.raises(ValueError, match="no batch"):
-        next(train_autoencoder(Autoencoder((32,), blocks=1), [], steps=1, accelerator=Accelerator(mixed_precision="no")))
+        next(train_autoencoder(make_autoencoder(), [], steps=1, accelerator=full_precision()))
 
 
-def test_a_loss_that_is_not_finite_is_named_with_its_step():
+def test_the_error_for_a_loss_that_is_not_finite_names_the_step():
     with pytest.raises(FloatingPointError, match="step 0"):
-        next(run(3, kl=float("nan")))
+        next(run_training(3, kl=float("nan")))
 
 
-def test_scale_and_shift_make_latents_standard():
+def test_scale_and_shift_give_latents_mean_0_and_standard_deviation_1():
     torch.manual_seed(0)
     autoencoder = Autoencoder((32, 32), blocks=1)
-    data = make_loader(Dishes(64, 32), 16)
-    scale, shift = measure_latent_scale(autoencoder, data, 64)
+    loader = make_loader(Dishes(64, 32), 16)
+    scale, shift = measure_latent_scale(autoencoder, loader, 64)
     assert (autoencoder.scale, autoencoder.shift) == (scale, shift)
     with torch.no_grad():
-        z = torch.cat([autoencoder.encode(x.float() / 127.5 - 1).sample() for x, _ in data])
+        z = torch.cat([autoencoder.encode(x.float() / 127.5 - 1).sample() for x, _ in loader])
     z = (z - shift) * scale
+    assert float(z.mean()) == pytest.approx(0, abs=0.02)
+    assert float(z.std()) == pytest.approx(1, abs=0.02)
     with pytest.raises(ValueError, match="no batch"):
         measure_latent_scale(autoencoder, [])
-    assert float(z.mean()) == pytest.approx(0, abs=0.02) and float(z.std()) == pytest.approx(1, abs=0.02)

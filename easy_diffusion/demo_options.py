@@ -1,0 +1,224 @@
+"""The options of python -m easy_diffusion.demo: --help, defaults, and what is refused.
+
+`parse_options` turns a command line into a namespace. `read_mask` reads the image of --mask, which
+the options are checked with, too. demo.py is the command.
+
+>>> options = parse_options(["番茄炒鸡蛋", "清炒土豆", "--latent"])
+>>> options.names, options.size, options.move
+(['番茄炒鸡蛋', '清炒土豆'], 128, 'circle')
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from datasets.aipos import load_photo
+
+from .animation.camera import MOVES
+from .animation.film import FORMATS
+from .diffusion.schedule import NoiseSchedule
+from .presets import BATCH, DISHES, SIZE
+
+
+def parse_options(arguments) -> argparse.Namespace:
+    """Parse and check the command line; an invalid option ends the program with a message."""
+    parser = argparse.ArgumentParser(
+        prog="python -m easy_diffusion.demo",
+        description="Train a small diffusion network on drawn dishes, generate the named dishes, "
+        "and write them as animated images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_image_options(parser)
+    add_training_options(parser.add_argument_group("training"))
+    add_sampling_options(parser.add_argument_group("sampling and inpainting"))
+    add_film_options(parser.add_argument_group("film"))
+    options = parser.parse_args(arguments, argparse.Namespace(names=[]))
+    if not hasattr(options, "size"):
+        options.size = 2 * SIZE if options.latent else SIZE
+    check_options(parser, options)
+    options.names = options.names or [options.image.stem if options.image else "番茄炒鸡蛋"]
+    return options
+
+
+def add_image_options(parser) -> None:
+    """Add the options that choose the dish or the photograph."""
+    parser.add_argument(
+        "names", nargs="*", metavar="name", default=argparse.SUPPRESS,
+        help="Chinese name of a dish, such as 土豆牛肉汤 or 砂锅茄子豆腐 (default: 番茄炒鸡蛋); "
+        "several names are also shown side by side in one film",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="FOLDER",
+        help="folder for the images, the drawn dishes and the checkpoints",
+    )
+    parser.add_argument(
+        "--image", type=Path, metavar="FILE",
+        help="photograph to animate instead of a generated dish; its central square is used",
+    )
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE",
+        help="image of the same size as --image, white in the region that is inpainted before "
+        "the animation",
+    )
+
+
+def add_training_options(group) -> None:
+    """Add the options of the data set and of the training."""
+    minutes = 2.5 if torch.cuda.is_available() else 10.0
+    group.add_argument(
+        "--minutes", type=float, default=minutes,
+        help="training time in minutes; a finished training is not repeated",
+    )
+    group.add_argument(
+        "--dishes", type=int, default=DISHES,
+        help="number of drawn dishes to train on",
+    )
+    group.add_argument(
+        "--size", type=int, default=argparse.SUPPRESS,
+        help="height and width in pixels of the images that the network learns, a multiple of 8 "
+        f"(default: {SIZE}, or {2 * SIZE} with --latent)",
+    )
+    group.add_argument(
+        "--latent", action="store_true",
+        help="train an autoencoder first, also for --minutes, and the network on its latents",
+    )
+
+
+def add_sampling_options(group) -> None:
+    """Add the options of the samplers and of the inpainter."""
+    group.add_argument(
+        "--steps", type=int, default=25,
+        help="number of DDIM steps for a dish, and of noise levels for inpainting, 1 to 1000",
+    )
+    group.add_argument(
+        "--guidance", type=float, default=2.0,
+        help="scale of classifier-free guidance; 1 is no guidance",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0,
+        help="seed of the initial noise; another seed gives another image of the dish",
+    )
+    group.add_argument(
+        "--inpainter", choices=("own", "sd"), default="own",
+        help="network that inpaints: the one trained here (own) or Stable Diffusion (sd)",
+    )
+    group.add_argument(
+        "--sd", type=Path, metavar="PATH",
+        help="for --inpainter sd: folder or .safetensors file of sd-v1-5-inpainting",
+    )
+    group.add_argument(
+        "--sd-config", type=Path, metavar="FOLDER",
+        help="needed if --sd is a file: folder with the JSON files and the tokenizer of the model",
+    )
+    group.add_argument(
+        "--sd-size", type=int, default=512,
+        help="height and width in pixels at which Stable Diffusion works, a multiple of 64",
+    )
+    group.add_argument(
+        "--prompt", default="delicious chinese food on a table, seen from above",
+        help="prompt for Stable Diffusion",
+    )
+
+
+def add_film_options(group) -> None:
+    """Add the options of the camera and of the film's file."""
+    group.add_argument(
+        "--move", choices=(*MOVES, "all"), default="circle",
+        help="camera move; all makes a film of each of the ten moves and one that shows all",
+    )
+    group.add_argument(
+        "--reverse", action="store_true",
+        help="play the film backwards; centre then zooms out instead of in",
+    )
+    group.add_argument(
+        "--inpaintings", type=int, default=1,
+        help="number of times that the camera moves on to a region that must be inpainted; "
+        "more of them make the camera's path longer",
+    )
+    group.add_argument("--seconds", type=float, default=4.0, help="length of the film in seconds")
+    group.add_argument(
+        "--fps", type=int, default=20,
+        help="frames per second; a GIF can represent 10, 20 and 25 exactly",
+    )
+    group.add_argument("--format", choices=FORMATS, default="gif", help="file format of the film")
+    group.add_argument(
+        "--show", type=int, default=256,
+        help="height and width of the film in pixels; smaller images are enlarged",
+    )
+
+
+def check_options(parser: argparse.ArgumentParser, options) -> None:
+    """End the program with a message if options are out of range or contradict each other."""
+    # Numbers
+    if options.size % 8 or not 32 <= options.size <= 512:
+        parser.error(f"--size must be a multiple of 8 from 32 to 512, not {options.size}")
+    least_values = {
+        "minutes": 1e-3, "dishes": BATCH, "steps": 1, "inpaintings": 1,
+        "seconds": 0.1, "fps": 1, "show": 16, "guidance": 1,
+    }
+    for name, least in least_values.items():
+        value = getattr(options, name)
+        if value < least:
+            parser.error(f"--{name} must be {least} or more, not {value}")
+    if options.steps > len(NoiseSchedule.cosine()):
+        parser.error(
+            f"--steps must be at most 1000, the schedule's timesteps, not {options.steps}"
+        )
+    if options.sd_size < 64 or options.sd_size % 64:
+        parser.error(f"--sd-size must be a multiple of 64, not {options.sd_size}")
+
+    # Stable Diffusion
+    wants_sd = options.inpainter == "sd"
+    if wants_sd != (options.sd is not None) or (options.sd_config and not options.sd):
+        parser.error(
+            "--inpainter sd and --sd PATH (folder or .safetensors file of sd-v1-5-inpainting) "
+            "must be used together"
+        )
+    if options.sd and not options.sd.exists():
+        parser.error(f"--sd {options.sd} does not exist")
+
+    # Names and photographs
+    for name in options.names:
+        if not 1 <= len(name) <= 31 or "/" in name:
+            parser.error(f"a dish's name has 1 to 31 characters and no slash, not {name!r}")
+    if options.mask and not options.image:
+        parser.error(f"--mask {options.mask} needs a photograph: --image")
+    if options.image:
+        check_photo(parser, options)
+
+
+def check_photo(parser: argparse.ArgumentParser, options) -> None:
+    """End the program with a message if --image or --mask cannot be used."""
+    if options.names:
+        names = "、".join(options.names)
+        parser.error(f"use either --image {options.image} or names of dishes ({names}), not both")
+    try:
+        load_photo(options.image, options.size)
+        if options.mask:
+            read_mask(options.mask, options.image, options.size)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def read_mask(path, photo_path, size: int) -> np.ndarray:
+    """Read the mask of a photograph, cropped and scaled like the photograph: bool [size, size].
+
+    path: image file, white where the photograph is to be inpainted; transparent pixels are black.
+    photo_path: the photograph. Both are turned upright first, as their EXIF data says.
+    Raises ValueError if the two differ in width or height.
+    """
+    with Image.open(path) as mask_file, Image.open(photo_path) as photo_file:
+        mask = ImageOps.exif_transpose(mask_file)
+        photo = ImageOps.exif_transpose(photo_file)
+        if mask.size != photo.size:
+            mask_size = f"{mask.size[0]}×{mask.size[1]}"
+            photo_size = f"{photo.size[0]}×{photo.size[1]}"
+            raise ValueError(f"the mask {path} is {mask_size}, the image {photo_path} {photo_size}")
+        if "A" in mask.getbands() or "transparency" in mask.info:
+            black = Image.new("RGBA", mask.size, "black")
+            mask = Image.alpha_composite(black, mask.convert("RGBA"))
+        mask = ImageOps.fit(mask.convert("L"), (size, size), Image.Resampling.BILINEAR)
+        return np.asarray(mask) > 127

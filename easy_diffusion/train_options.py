@@ -1,0 +1,362 @@
+"""The options of python -m easy_diffusion.train_model: --help, defaults, and what is refused.
+
+`parse_options` turns a command line into a namespace. It fills in the two defaults that depend on
+other options:
+
+    --minutes        no limit if --steps is given; otherwise 2.5 minutes with a GPU, 10 on a CPU
+    --loss-weight    none if the network predicts eps; otherwise velocity, the weight of the v loss
+
+train_model.py is the command. train_setup.py builds the dataset and the networks from the options.
+
+>>> options = parse_options(["--channels", "32", "64", "--steps", "1000"])
+>>> options.channels, options.steps, options.minutes, options.batch_size
+([32, 64], 1000, 0, 32)
+>>> parse_options(["--prediction-type", "eps"]).loss_weight
+'none'
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .presets import BATCH, DISHES, SIZE
+from .train_setup import LOSS_WEIGHTS, TIMESTEPS
+from .training.distributed import fast_precision
+
+MINUTES = 2.5 if torch.cuda.is_available() else 10.0
+
+
+class HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Keep the line breaks of the description, and show the default of every option."""
+
+
+def parse_options(arguments=None, description: str | None = None) -> argparse.Namespace:
+    """Parse and check the command line; an invalid option ends the program with a message.
+
+    arguments: of the command line; None: those of this process.
+    description: the text above the options in --help.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m easy_diffusion.train_model",
+        description=description,
+        formatter_class=HelpFormatter,
+    )
+    add_data_options(parser.add_argument_group("data"))
+    add_network_options(parser.add_argument_group("network"))
+    add_diffusion_options(parser.add_argument_group("diffusion"))
+    add_training_options(parser.add_argument_group("training"))
+    add_optimizer_options(parser.add_argument_group("optimizer"))
+    add_safety_options(parser.add_argument_group("safety"))
+    add_output_options(parser.add_argument_group("output"))
+    options = parser.parse_args(arguments)
+    if options.minutes is None:
+        has_step_limit = options.steps != parser.get_default("steps")
+        options.minutes = 0 if has_step_limit else MINUTES
+    if options.loss_weight == "auto":
+        options.loss_weight = "none" if options.prediction_type == "eps" else "velocity"
+    check_options(parser, options)
+    return options
+
+
+def add_data_options(group) -> None:
+    """Add the options that choose the training data."""
+    group.add_argument(
+        "--data", type=Path, metavar="FOLDER",
+        help="folder of photographs, LMDB store of images or LMDB store of latents to train on; "
+        "if omitted, dishes are drawn",
+    )
+    group.add_argument(
+        "--autoencoder", type=Path, metavar="FILE",
+        help="autoencoder that encoded the latents of --data; it decodes the samples to images",
+    )
+    group.add_argument(
+        "--dishes", type=int, default=DISHES,
+        help="number of dishes to draw if --data is omitted",
+    )
+    group.add_argument(
+        "--size", type=int, default=SIZE,
+        help="height and width in pixels of drawn dishes and of photographs; "
+        "the images of a store keep their size",
+    )
+    group.add_argument(
+        "--cn-clip", metavar="CHECKPOINT",
+        help="Chinese CLIP checkpoint whose text encoder computes the token embeddings of the "
+        "store's captions once; if omitted, a character encoder is trained with the network",
+    )
+
+
+def add_network_options(group) -> None:
+    """Add the options that set the size of the UNet and of the text encoder."""
+    group.add_argument(
+        "--channels", type=int, default=[64, 128], nargs="+",
+        help="number of channels of each level of the UNet, from the finest to the coarsest; "
+        "multiples of 32",
+    )
+    group.add_argument(
+        "--attention", type=int, default=[1], nargs="*", metavar="LEVEL",
+        help="levels with self- and cross-attention, counted from 0, the finest; "
+        "the middle block always has both",
+    )
+    group.add_argument(
+        "--blocks", type=int, default=2,
+        help="number of residual blocks per level on the way down; one more on the way up",
+    )
+    group.add_argument("--heads", type=int, default=2, help="number of attention heads")
+    group.add_argument(
+        "--patch", type=int, default=0,
+        help="side in pixels of the squares that the network processes as one position; "
+        "0 means 4 for images and 1 for latents",
+    )
+    group.add_argument(
+        "--text-dim", type=int, default=128,
+        help="dimension of the token embeddings of the character encoder",
+    )
+    group.add_argument(
+        "--dropout", type=float, default=0.0,
+        help="probability with which a value inside a residual block is set to zero in training",
+    )
+    group.add_argument(
+        "--pooled", action=argparse.BooleanOptionalAction, default=True,
+        help="add the mean of the token embeddings to the time embedding",
+    )
+    group.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="recompute the activations of each block in the backward pass instead of storing "
+        "them: two fifths of the memory, a fifth more time (python -m benchmarks.memory)",
+    )
+
+
+def add_diffusion_options(group) -> None:
+    """Add the options of the noise schedule, the loss and the guidance."""
+    group.add_argument(
+        "--schedule", choices=("cosine", "linear", "quad", "jsd", "sigmoid"), default="cosine",
+        help="noise schedule of 1000 timesteps",
+    )
+    group.add_argument(
+        "--prediction-type", choices=("x0", "v", "eps", "velocity"), default="x0",
+        help="quantity that the network is trained to predict: the clean image (x0), v, the noise "
+        "(eps), or the velocity of rectified flow, which has no noise schedule, variance or loss "
+        "weight",
+    )
+    group.add_argument(
+        "--variance", choices=("fixed_small", "fixed_large", "learned_range"),
+        default="fixed_small",
+        help="variance of a reverse step: the posterior variance (fixed_small), beta_t "
+        "(fixed_large), or a value between both that the network predicts with additional "
+        "output channels, trained on the variational bound (learned_range)",
+    )
+    group.add_argument(
+        "--loss-weight", choices=("auto", *LOSS_WEIGHTS), default="auto",
+        help="weight of the loss at each timestep: that of the v loss (velocity), min-SNR, or a "
+        "constant (none); auto is none if the network predicts eps, else velocity",
+    )
+    group.add_argument(
+        "--timesteps", choices=tuple(TIMESTEPS), default="logit-normal",
+        help="distribution that training timesteps are drawn from; importance draws timesteps "
+        "with a large loss more often",
+    )
+    group.add_argument(
+        "--caption-dropout", type=float, default=0.1,
+        help="fraction of captions that training replaces by the empty caption, from which the "
+        "unconditional prediction of classifier-free guidance is learned",
+    )
+
+
+def add_training_options(group) -> None:
+    """Add the options of the run's length, its batches and its arithmetic."""
+    group.add_argument(
+        "--minutes", type=float,
+        help=f"training time in minutes; if omitted, {MINUTES:g}, or no limit if --steps is given",
+    )
+    group.add_argument(
+        "--steps", type=int, default=10**7,
+        help="largest number of training steps",
+    )
+    group.add_argument(
+        "--batch-size", type=parse_batch_size, default=BATCH,
+        help="images per step and process; auto finds the largest power of two, at most 1024, "
+        "that fits into memory",
+    )
+    group.add_argument(
+        "--micro-batches", type=int, default=1,
+        help="number of parts into which a batch is split; their gradients are accumulated, "
+        "which saves memory",
+    )
+    group.add_argument(
+        "--workers", type=int, default=-1,
+        help="number of processes that load images; -1 means none on a CPU and four with a GPU",
+    )
+    group.add_argument(
+        "--ema", type=float, default=0.998,
+        help="decay per step of the exponential moving average of the weights",
+    )
+    group.add_argument(
+        "--precision", choices=("no", "bf16", "fp16"), default=fast_precision(),
+        help="mixed precision of the network: bfloat16, float16, or none (float32)",
+    )
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="compile the network with torch.compile",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0,
+        help="seed of the initial weights, the order of the images and all other randomness",
+    )
+
+
+def add_optimizer_options(group) -> None:
+    """Add the options of AdamW, Muon and SGD and of their learning rates."""
+    group.add_argument(
+        "--learning-rate", type=float, default=2e-3,
+        help="peak learning rate of AdamW",
+    )
+    group.add_argument(
+        "--muon-learning-rate", type=float, default=3e-3,
+        help="peak learning rate of Muon, which trains the weight matrices; 0 trains them with "
+        "AdamW, too, which then needs a smaller learning rate, such as 1e-4",
+    )
+    group.add_argument(
+        "--sgd-learning-rate", type=float, default=1e-6,
+        help="constant learning rate of SGD",
+    )
+    group.add_argument(
+        "--phase", choices=("adamw", "sgd"), default="adamw",
+        help="optimizer at the start of the run; adamw includes Muon",
+    )
+    group.add_argument(
+        "--sgd", action=argparse.BooleanOptionalAction, default=True,
+        help="change from AdamW to SGD when the loss has plateaued",
+    )
+    group.add_argument(
+        "--plateau-window", type=int, default=2000,
+        help="length in steps of the two windows whose mean losses decide whether training has "
+        "plateaued",
+    )
+    group.add_argument(
+        "--warmup", type=int, default=100,
+        help="number of steps in which the learning rate rises from 0 to its peak",
+    )
+    group.add_argument(
+        "--decay", type=float, default=0.5,
+        help="fraction of the run, at its end, in which the learning rate falls to 0; a finished "
+        "run that is prolonged returns to a higher rate",
+    )
+    group.add_argument(
+        "--weight-decay", type=float, default=0.01,
+        help="weight decay of AdamW and Muon",
+    )
+    group.add_argument(
+        "--clip", type=float, default=1.0,
+        help="norm to which a larger gradient is clipped",
+    )
+
+
+def add_safety_options(group) -> None:
+    """Add the options of checkpoints and of unhealthy steps."""
+    group.add_argument(
+        "--patience", type=int, default=5,
+        help="number of consecutive skipped steps (loss or gradient not finite, or a spike) after "
+        "which the run rolls back to earlier EMA weights",
+    )
+    group.add_argument(
+        "--spike", type=float, default=20.0,
+        help="a loss is a spike if it exceeds the mean of the last 100 by this many times (their "
+        "standard deviation plus a tenth of their mean); inf disables the check",
+    )
+    group.add_argument(
+        "--keep", type=int, default=3,
+        help="number of checkpoints to keep; from 2 on the one with the lowest loss is also kept",
+    )
+    group.add_argument(
+        "--save-seconds", type=float, default=60.0,
+        help="seconds of training between two checkpoints",
+    )
+
+
+def add_output_options(group) -> None:
+    """Add the options of the log and of the samples."""
+    group.add_argument(
+        "--out", type=Path, default=Path("out/train"), metavar="FOLDER",
+        help="folder for everything that the run writes, and from which it resumes",
+    )
+    group.add_argument(
+        "--log-every", type=int, default=10,
+        help="number of steps between two rows of log.csv",
+    )
+    group.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+        help="also write the log for TensorBoard",
+    )
+    group.add_argument(
+        "--sample-minutes", type=float, default=2.0,
+        help="minutes of training between two updates of samples.png and log.png; 0 writes no "
+        "samples, and log.png only at the end",
+    )
+    group.add_argument(
+        "--guidance", type=float, default=2.0,
+        help="scale of classifier-free guidance for samples; 1 is no guidance",
+    )
+    group.add_argument(
+        "--classifier", type=Path, metavar="FILE",
+        help="attribute classifier, such as python -m benchmarks.fidelity saves; it measures the "
+        "prompt accuracy of samples of drawn dishes",
+    )
+    group.add_argument(
+        "--generate", nargs="+", metavar="NAME",
+        help="do not train; generate an image of each name with the trained network",
+    )
+
+
+def parse_batch_size(text: str) -> int | str:
+    """Parse --batch-size: a positive number or "auto"; argparse reports any other text."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of 1 or more, or auto, not {text}")
+    return int(text)
+
+
+def check_options(parser: argparse.ArgumentParser, options) -> None:
+    """End the program with a message if options are out of range or contradict each other."""
+    if options.tensorboard and not is_tensorboard_installed():
+        parser.error(
+            "--tensorboard needs a library: pip install tensorboard; "
+            "log.csv has the same values without it"
+        )
+    for name in (
+        "micro_batches", "log_every", "keep", "blocks", "heads", "dishes", "size", "steps"
+    ):
+        value = getattr(options, name)
+        if value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
+    for name in ("learning_rate", "sgd_learning_rate"):
+        value = getattr(options, name)
+        if value <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
+    for name in ("muon_learning_rate", "minutes"):
+        value = getattr(options, name)
+        if value < 0:
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {value}")
+    levels = range(len(options.channels))
+    for level in options.attention:
+        if level not in levels:
+            parser.error(f"--attention {level}: --channels has the levels 0 to {levels[-1]}")
+    if options.prediction_type == "velocity":
+        if options.timesteps == "importance":
+            parser.error("--prediction-type velocity cannot use --timesteps importance")
+        if options.variance == "learned_range":
+            parser.error("--prediction-type velocity cannot use --variance learned_range")
+    if options.cn_clip and not options.data:
+        parser.error("--cn-clip saves token embeddings in a store: choose one with --data")
+
+
+def is_tensorboard_installed() -> bool:
+    """Return whether the library for --tensorboard can be imported."""
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        return False
+    return True
