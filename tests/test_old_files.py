@@ -57,7 +57,7 @@ class TinyNetwork(torch.nn.Module):
         return self.conv(x_t)
 
 
-def test_a_training_resumes_from_an_old_checkpoint_with_the_old_losses(old):
+def test_an_old_training_resumes_with_the_losses_of_the_old_code(old):
     """The old code went on from step 6 to step 8 with the losses in losses.json.
 
     They were computed with bfloat16 autocast; a machine without it rounds less, hence the tolerance.
