@@ -78,7 +78,7 @@ def main():
             Autoencoder(**presets.AUTOENCODER | shape),
             make_loader(store, presets.AUTOENCODER_BATCH),
             minutes=minutes,
-            steps=10**7,
+            steps=None,
             **presets.AUTOENCODER_TRAINING,
         )
         for step in tqdm(training, desc=str(shape)):

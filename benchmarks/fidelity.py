@@ -140,7 +140,7 @@ def main():
 
     if options.checkpoint:
         saved = load_checkpoint(options.checkpoint)
-        load_ema_weights(network, encoder, saved["ema"])
+        load_ema_weights(network, encoder, diffusion, saved)
         loss = fmean(saved["losses"][-100:])
         measure(network, encoder, saved["seconds"], saved["index"], loss)
     else:
@@ -155,7 +155,10 @@ def main():
             )
             if step.progress >= measure_at[0]:
                 measure_at.pop(0)
-                measure(step.network, step.encoder, step.seconds, step.index + 1, step.smooth_loss)
+                measure(
+                    step.ema_network, step.ema_encoder, step.seconds, step.index + 1,
+                    step.smooth_loss,
+                )
 
     last = rows[-1]
     claims = {

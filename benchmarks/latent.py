@@ -180,7 +180,7 @@ def main():
             make_loader(dataset, batch_size, collate=collate),
             encoder,
             minutes=minutes,
-            steps=10**7,
+            steps=None,
             checkpoint=saved_run,
             **presets.TRAINING,
         )
@@ -190,7 +190,7 @@ def main():
                 measure_at.pop(0)
                 images_per_second[scheme] = step.images_per_second
                 fidelity = measure_fidelity(
-                    classifier, step.network, step.encoder, diffusion, names, size,
+                    classifier, step.ema_network, step.ema_encoder, diffusion, names, size,
                     scheme_autoencoder, batch_size=50,
                 )
                 rows.append({

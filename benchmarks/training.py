@@ -92,7 +92,7 @@ def run_ours(store, minutes: float = 1e6, **changes) -> Iterator[LoopStep]:
     step = None
 
     def get_ema():
-        return step.network, step.encoder
+        return step.ema_network, step.ema_encoder
 
     for step in presets.train_demo(network, encoder, diffusion, store, None, minutes, **changes):
         yield LoopStep(get_ema, diffusion, step.seconds)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from easy_diffusion.diffusion.guidance import guided
 from easy_diffusion.diffusion.prediction import Denoiser, Prediction
+from easy_diffusion.networks.fast_unet import FastUNet
 from easy_diffusion.networks.stable_diffusion_weights import save_stable_diffusion
 from easy_diffusion.networks.unet import UNet
 
@@ -148,12 +149,13 @@ def build_steps(network: UNet, peer: UNet2DConditionModel, shape: tuple, compile
 
     # Ours
     ours = torch.compile(network) if compiled else network
+    fast = torch.compile(FastUNet(network)) if compiled else FastUNet(network)
 
     def to_prediction(output, x_t, t):
         return Prediction(output, output)
 
-    denoise_cond = Denoiser(ours, to_prediction, context[:half], mask[:half])
-    denoise_uncond = Denoiser(ours, to_prediction, context[half:], mask[half:])
+    denoise_cond = Denoiser(fast, to_prediction, context[:half], mask[:half])
+    denoise_uncond = Denoiser(fast, to_prediction, context[half:], mask[half:])
     denoise = guided(denoise_cond, denoise_uncond, GUIDANCE)
 
     def guided_ours(x, t):

@@ -30,6 +30,7 @@ from .inpainting.latent_repaint import make_latent_inpainter
 from .inpainting.repaint import make_inpainter
 from .latent_space import decode_to_uint8
 from .networks.autoencoder import Autoencoder
+from .networks.fast_unet import make_fast
 from .presets import REPAINT, SIZE
 from .training.distributed import autocast
 
@@ -42,11 +43,14 @@ def guided_denoiser(
 
     guidance: scale of classifier-free guidance; 1 means no guidance.
     clip: keep x0 in [-1, 1], the range of pixels; False for latents.
-    It computes in bfloat16 where the hardware supports it.
+    The unconditional caption is `encoder.uncond`, or "" if the encoder has no such attribute.
+    It computes in bfloat16 where the hardware supports it. A UNet is called through FastUNet.
     """
     with autocast(next(network.parameters()).device):
-        context, mask = encoder(names)                  # [B, L, D], [B, L]
-        context_uncond, mask_uncond = encoder([""])     # [1, L, D], [1, L]
+        context, mask = encoder(names)                      # [B, L, D], [B, L]
+        uncond = getattr(encoder, "uncond", "")
+        context_uncond, mask_uncond = encoder([uncond])     # [1, L, D], [1, L]
+    network = make_fast(network)
     denoise_cond = diffusion.denoiser(network, context, mask)
     denoise_uncond = diffusion.denoiser(network, context_uncond, mask_uncond)
     denoise = guided(denoise_cond, denoise_uncond, guidance)

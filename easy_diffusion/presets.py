@@ -141,7 +141,7 @@ def train_demo(
         make_loader(store, batch_size),
         encoder,
         minutes=minutes,
-        steps=10**7,
+        steps=None,
         checkpoint=checkpoint,
         keep=1,
         save_seconds=min(30, 3 * minutes),
@@ -163,7 +163,7 @@ def train_or_load(
         for _ in track_progress(steps):
             pass
         saved = load_checkpoint(checkpoint)
-    load_ema_weights(network, encoder, saved["ema"])
+    load_ema_weights(network, encoder, diffusion, saved)
     return saved["losses"]
 
 
@@ -235,7 +235,7 @@ def train_demo_autoencoder(
         autoencoder,
         make_loader(store, AUTOENCODER_BATCH),
         minutes=minutes,
-        steps=10**7,
+        steps=None,
         checkpoint=checkpoint,
         save_seconds=min(30, 3 * minutes),
         **AUTOENCODER_TRAINING,

@@ -146,7 +146,7 @@ def main(arguments=None) -> int:
 
     if options.generate:
         saved = load_newest_checkpoint(options.out / "model.safetensors")
-        load_ema_weights(network, encoder, saved["ema"])
+        load_ema_weights(network, encoder, diffusion, saved)
         generate_sheet(
             "generated.png", options, network, encoder, diffusion, options.generate, size,
             autoencoder, show_progress=True,

@@ -220,11 +220,12 @@ def make_evaluation(options, diffusion, names: list[str], size: int, autoencoder
 
     def evaluate(step) -> dict:
         images = generate_sheet(
-            "samples.png", options, step.network, step.encoder, diffusion, names, size, autoencoder
+            "samples.png", options, step.ema_network, step.ema_encoder, diffusion, names, size,
+            autoencoder,
         )
         if classifier is None:
             return {}
-        device = next(step.network.parameters()).device
+        device = next(step.ema_network.parameters()).device
         images = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)    # [B, 3, H, W]
         matches = classifier.to(device).exact_matches(images, dishes)
         return {"prompt_accuracy": prompt_accuracy(matches)}

@@ -280,7 +280,7 @@ def test_training_guidance_and_samplers_work_on_latents(images, tmp_path, autoen
         steps = list(train(network, diffusion, loader, steps=3, accelerator=accelerator))
         assert len(steps) == 3
         assert steps[-1].loss < 3
-    network = steps[-1].network.cpu()
+    network = steps[-1].ema_network.cpu()
     denoise = guided(diffusion.denoiser(network), diffusion.denoiser(network), 2.0)
     for sampler in (ddim, dpm_solver):
         generator = torch.Generator().manual_seed(0)

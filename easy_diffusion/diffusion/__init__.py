@@ -37,7 +37,7 @@ from .gaussian import (
     velocity_weight,
 )
 from .guidance import batched_guidance, clipped, concat_contexts, guided
-from .prediction import Denoiser, Prediction, eps_from_x0, normal_noise
+from .prediction import Denoiser, Prediction, check_output, eps_from_x0, normal_noise
 from .samplers import (
     Step,
     ddim,
@@ -84,6 +84,7 @@ __all__ = [
     "Step",
     "VarianceExploding",
     "batched_guidance",
+    "check_output",
     "clipped",
     "concat_contexts",
     "ddim",

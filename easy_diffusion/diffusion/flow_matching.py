@@ -39,7 +39,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .prediction import Denoiser, Prediction, broadcast_like, normal_noise
+from .prediction import Denoiser, Prediction, broadcast_like, check_output, normal_noise
 from .samplers import Step, initial_noise
 from .score_sde import log_likelihood
 
@@ -94,11 +94,7 @@ class RectifiedFlow:
         """
         eps = normal_noise(x0.shape, generator, x0.device, x0.dtype)
         velocity = network(self.add_noise(x0, t, eps), 1000 * t, context, mask)
-        if velocity.shape != x0.shape:
-            raise ValueError(
-                f"the network's output has shape {tuple(velocity.shape)}, "
-                f"but the images have shape {tuple(x0.shape)}"
-            )
+        check_output(velocity, x0, channels=x0.shape[1])
         error = velocity.float() - (eps - x0).float()
         return error.square().flatten(1).mean(dim=1)
 
@@ -106,6 +102,7 @@ class RectifiedFlow:
         self, velocity: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> Prediction:
         """Convert the network's velocity [B, C, H, W] to a Prediction; t: float [B]."""
+        check_output(velocity, x_t, channels=x_t.shape[1])
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         velocity = velocity.to(x_t.dtype)
         x0 = x_t - sigma_t * velocity

@@ -66,7 +66,7 @@ from typing import NamedTuple
 
 import torch
 
-from .prediction import Denoiser, Prediction, normal_noise
+from .prediction import Denoiser, Prediction, check_output, normal_noise
 
 PREDICTION_TYPES = ("eps", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
@@ -190,15 +190,10 @@ class GaussianDiffusion:
     def _split_output(self, output, x_t):
         """Split the channels into the predicted quantity and the output for the variance, or None.
 
-        Raises ValueError for a wrong number of channels.
+        Raises ValueError for an output of a wrong shape.
         """
         learned = self.variance == "learned_range"
-        channels = x_t.shape[1] * (2 if learned else 1)
-        if output.shape[1] != channels:
-            raise ValueError(
-                f"variance={self.variance!r} needs a network of {channels} output channels, "
-                f"not {output.shape[1]}"
-            )
+        check_output(output, x_t, channels=x_t.shape[1] * (2 if learned else 1))
         return output.chunk(2, dim=1) if learned else (output, None)
 
     def denoiser(self, network, context=None, mask=None) -> Denoiser:

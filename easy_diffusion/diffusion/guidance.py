@@ -108,8 +108,8 @@ def batched_guidance(denoise_cond, denoise_uncond):
 
     Both come from one network call if the two denoisers are `Denoiser` objects that differ only in
     their context, and their network has the method `cache_context`. The network then receives B
-    images with 2 B contexts. `UNet` computes the layers before the first cross-attention for B
-    images, and the later layers for 2 B.
+    images with 2 B contexts. `FastUNet` computes the layers before the first cross-attention for
+    B images, and the later layers for 2 B.
 
     Otherwise each denoiser is called.
     """

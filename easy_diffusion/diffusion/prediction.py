@@ -15,6 +15,20 @@ Samplers and guidance work with denoisers only. They do not need to know what th
 trained to predict: a function `to_prediction` converts its output. `GaussianDiffusion` and
 `RectifiedFlow` have such a function, and their method `denoiser` builds the `Denoiser`.
 
+A network is any function with this contract, for training and sampling alike:
+
+    network(x_t, t, context, mask, **extras) -> output
+
+    x_t       noisy images [B, C, H, W]
+    t         [B], int64 timesteps; for a flow or an SDE, 1000 · its float times
+    context   token embeddings [B, L, D] or [1, L, D]; None for a network without captions
+    mask      bool [B, L] or [1, L], True = a real token; None = all tokens are real
+    extras    further tensors [B, ...] by name, such as a control image; they are bound before:
+              functools.partial(network, control=control) is a network, too
+    output    [B, C', H, W], with C' = C, or 2 C if the network also predicts a variance
+
+`check_output` names the shape of an output that breaks it.
+
 The file needs torch only.
 
 >>> alpha_t, sigma_t = 0.6, 0.8
@@ -51,7 +65,7 @@ class Prediction(NamedTuple):
 class Denoiser:
     """A denoiser made of a network, a conversion of its output, and a fixed context.
 
-    network: (x_t, t, context, mask) -> output tensor.
+    network: (x_t, t, context, mask) -> output, see the top of this file.
     to_prediction: (output, x_t, t) -> Prediction.
     context: token embeddings [B, L, D], or [1, L, D] to use one caption for every image.
     mask: bool, [B, L] or [1, L]; True = a real token.
@@ -59,7 +73,7 @@ class Denoiser:
         a time in [0, 1], as in `RectifiedFlow`.
 
     The context stays the same in all steps of sampling, so its keys and values need to be computed
-    only once. If the network has a method `cache_context`, as `UNet` has, `Denoiser` calls it once:
+    only once. If the network has a method `cache_context`, as `FastUNet` has, `Denoiser` calls it:
 
         cache, mask = network.cache_context(context, mask)
 
@@ -97,6 +111,20 @@ def _expand_to_batch(value, batch: int):
     if isinstance(value, torch.Tensor) and len(value) == 1:
         return value.expand(batch, *value.shape[1:])
     return value
+
+
+def check_output(output: torch.Tensor, x_t: torch.Tensor, channels: int) -> None:
+    """Raise ValueError, naming both shapes, unless a network's output fits its input.
+
+    For x_t [B, C, H, W] it must have the shape [B, channels, H, W].
+    channels: C, or 2 C if the network also predicts a variance.
+    """
+    expected = (len(x_t), channels, *x_t.shape[2:])
+    if tuple(output.shape) != expected:
+        raise ValueError(
+            f"the network's output must have the shape {expected}, not {tuple(output.shape)}: "
+            f"{channels} output channels for an input of shape {tuple(x_t.shape)}"
+        )
 
 
 def check_batch(context, batch: int) -> None:

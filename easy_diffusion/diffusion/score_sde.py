@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 import torch
 
-from .prediction import broadcast_like, normal_noise
+from .prediction import broadcast_like, check_output, normal_noise
 
 
 class SDEStep(NamedTuple):
@@ -96,10 +96,12 @@ class VarianceExploding:
 
         The score is output / sigma_t and the network's input is x / sqrt(1 + sigma_t²), so both
         have a standard deviation of about 1 at every t.
+        Raises ValueError for an output of another shape than x.
         """
         def score_of_network(x, t):
             sigma_t = broadcast_like(self.marginal_std(t), x)
             output = network(x / torch.sqrt(1 + sigma_t ** 2), 1000 * t, context, mask)
+            check_output(output, x, channels=x.shape[1])
             return output.to(x.dtype) / sigma_t
 
         return score_of_network

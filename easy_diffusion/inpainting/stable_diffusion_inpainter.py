@@ -55,6 +55,7 @@ from ..diffusion.prediction import normal_noise
 from ..diffusion.samplers import Step, ddim, dpm_solver, spaced_timesteps
 from ..diffusion.schedule import NoiseSchedule
 from ..files import atomic_path
+from ..networks.fast_unet import make_fast
 from ..networks.stable_diffusion_weights import PARTS, read_stable_diffusion
 from .blending import blend, check_mask, to_pixel_values
 
@@ -391,7 +392,7 @@ def make_inpainter_from_networks(
         # The UNet's other input channels: [m, E((1 - m) x)].
         latent_mask = F.max_pool2d(m, autoencoder.factor)                   # [1, 1, h, w]
         conditioning = torch.cat([latent_mask, encode(x * (1 - m))], dim=1)     # [1, 1 + Z, h, w]
-        inpainting_network = _ConcatConditioning(network, conditioning)
+        inpainting_network = _ConcatConditioning(make_fast(network), conditioning)
 
         denoise = guided(
             diffusion.denoiser(inpainting_network, context.to(device)),
@@ -416,7 +417,8 @@ class _ConcatConditioning:
     def __init__(self, network, conditioning):
         self.network = network
         self.conditioning = conditioning
-        self.cache_context = network.cache_context
+        if hasattr(network, "cache_context"):
+            self.cache_context = network.cache_context
 
     def __call__(self, z_t, t, context=None, mask=None):
         conditioning = self.conditioning.expand(len(z_t), -1, -1, -1)

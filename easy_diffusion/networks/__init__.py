@@ -4,6 +4,8 @@ In reading order:
 
     blocks.py                     residual block, self- and cross-attention, time embedding
     unet.py                       UNet: the network that predicts eps, x0 or v
+    attention_kernels.py          the attention formula by the fastest kernel; the same numbers
+    fast_unet.py                  FastUNet: a UNet for sampling, faster; the same outputs
     text_encoder.py               captions → context and mask: CharacterEncoder, CnClipEncoder
     autoencoder.py                Autoencoder, its posterior, and saving and loading it
     weights_io.py                 safetensors files of weights and settings; files of other projects
@@ -12,19 +14,19 @@ In reading order:
 The folder copies out alone. It needs torch and safetensors; CnClipEncoder also needs cn_clip.
 """
 
+from .attention_kernels import attention_weights, scaled_dot_product_attention
 from .autoencoder import Autoencoder, Posterior, load_autoencoder, save_autoencoder
 from .blocks import (
     Attention,
     Downsample,
     FeedForward,
-    KeyValueCache,
     ResidualBlock,
     SpatialTransformer,
     TransformerBlock,
     Upsample,
-    attention_weights,
     timestep_embedding,
 )
+from .fast_unet import FastUNet, KeyValueCache, make_fast
 from .stable_diffusion_weights import (
     load_stable_diffusion,
     read_stable_diffusion,
@@ -32,7 +34,14 @@ from .stable_diffusion_weights import (
 )
 from .text_encoder import CharacterEncoder, CnClipEncoder
 from .unet import UNet
-from .weights_io import load_tree, load_weights, open_tensors, read_tensors, save_tree
+from .weights_io import (
+    check_settings,
+    load_tree,
+    load_weights,
+    open_tensors,
+    read_tensors,
+    save_tree,
+)
 
 __all__ = [
     "Attention",
@@ -40,6 +49,7 @@ __all__ = [
     "CharacterEncoder",
     "CnClipEncoder",
     "Downsample",
+    "FastUNet",
     "FeedForward",
     "KeyValueCache",
     "Posterior",
@@ -49,15 +59,18 @@ __all__ = [
     "UNet",
     "Upsample",
     "attention_weights",
+    "check_settings",
     "load_autoencoder",
     "load_stable_diffusion",
     "load_tree",
     "load_weights",
+    "make_fast",
     "open_tensors",
     "read_stable_diffusion",
     "read_tensors",
     "save_autoencoder",
     "save_stable_diffusion",
     "save_tree",
+    "scaled_dot_product_attention",
     "timestep_embedding",
 ]

@@ -14,8 +14,8 @@ Diffusion Models", 2022). `Autoencoder.stable_diffusion()` builds the autoencode
 Diffusion 1 and can load its weights. The network consists of convolutions in residual blocks.
 Only at the coarsest level do the positions of the image attend to each other.
 
-The file needs torch, safetensors and, beside it, blocks.py, stable_diffusion_weights.py and
-weights_io.py.
+The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py,
+stable_diffusion_weights.py and weights_io.py.
 
 >>> autoencoder = Autoencoder(channels=(32, 64))
 >>> posterior = autoencoder.encode(torch.randn(2, 3, 32, 32))

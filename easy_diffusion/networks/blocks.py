@@ -14,7 +14,7 @@ caption. The last layer of each branch is initialised to zero, so that a new blo
 on unchanged (Dhariwal & Nichol 2021; Bachlechner et al. 2020).
 
 Shapes: B images, C channels, H·W positions, L tokens of dimension D, N queries, d channels of each
-head. The file needs only torch.
+head. The file needs torch and, beside it, attention_kernels.py.
 
 >>> x = torch.randn(2, 64, 8, 8)
 >>> time_embedding = torch.randn(2, 256)
@@ -30,13 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Largest number of keys for which a CPU uses `plain_attention` instead of the fused kernel.
-MAX_PLAIN_KEYS = 512
-
-# Largest number of scores that `plain_attention` computes at a time: 16 MB in bf16. A CPU process
-# fetches memory blocks above 32 MB from the operating system anew each time, page by page, which
-# took a tenth of a training step.
-MAX_SCORES = 2**23
+from .attention_kernels import scaled_dot_product_attention
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
@@ -93,68 +87,6 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h
 
 
-class KeyValueCache:
-    """A context [B or 1, L, D] that stays the same over sampling steps, with its keys and values.
-
-    It is passed to a network in place of the context. Each attention layer computes its keys and
-    values once and finds them here at the following steps. They are computed again if the dtype or
-    the layer's weights have changed, and always while gradients are enabled.
-    """
-
-    def __init__(self, context: torch.Tensor):
-        self.context = context
-        self.cached = {}  # attention layer → (version of its weights, (keys, values))
-
-    def __len__(self) -> int:
-        return len(self.context)
-
-    @torch.compiler.disable
-    def project_keys_values(self, attention, dtype):
-        """Keys and values of the context for one attention layer, [B or 1, heads, L, d] each."""
-        if torch.is_grad_enabled():
-            return attention.project_keys_values(self.context)
-        key_version = weight_version(attention.to_k.weight)
-        value_version = weight_version(attention.to_v.weight)
-        version = (dtype, key_version, value_version)
-        cached_version, keys_values = self.cached.get(attention, (None, None))
-        if cached_version != version:
-            keys_values = attention.project_keys_values(self.context)
-            self.cached[attention] = (version, keys_values)
-        return keys_values
-
-
-def weight_version(weight: torch.Tensor) -> tuple[int, int]:
-    """A pair that changes when the weight moves in memory or is modified in place."""
-    in_place_changes = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), in_place_changes
-
-
-def attention_weights(q, k, mask=None):
-    """softmax(Q Kᵀ / sqrt(d)): how much each query attends to each key; the rows sum to 1.
-
-    q [B, heads, N, d], k [B, heads, L, d], mask bool [B, 1, 1, L] → [B, heads, N, L].
-    """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, heads, N, L]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1)
-
-
-def plain_attention(q, k, v, mask=None):
-    """softmax(Q Kᵀ / sqrt(d)) V, for as many images at a time as MAX_SCORES allows.
-
-    q [B, heads, N, d], k and v [B, heads, L, d], mask bool [B, 1, 1, L] → [B, heads, N, d].
-    """
-    scores_per_image = q.shape[1] * q.shape[2] * k.shape[2]  # heads · N · L
-    chunk = max(1, MAX_SCORES // scores_per_image)  # images at a time
-    masks = mask.split(chunk) if mask is not None else [None] * len(q)
-    outputs = []
-    for q_i, k_i, v_i, mask_i in zip(q.split(chunk), k.split(chunk), v.split(chunk), masks):
-        weights = attention_weights(q_i, k_i, mask_i)  # [chunk, heads, N, L]
-        outputs.append(weights.to(v.dtype) @ v_i)  # [chunk, heads, N, d]
-    return torch.cat(outputs)
-
-
 class Attention(nn.Module):
     """Multi-head attention of x [B, N, C] to a context [B, L, D], or to x itself: → [B, N, C].
 
@@ -162,9 +94,8 @@ class Attention(nn.Module):
     context_dim: D; None for self-attention.
     bias: whether the projections to queries, keys and values have a bias.
 
-    `forward` takes mask bool [B, L], True = a token that may be attended to. On a CPU and with few
-    keys, softmax(QKᵀ)V written out is faster than PyTorch's fused kernel, above all in training,
-    because that kernel's backward pass is slow there. Otherwise the fused kernel is faster.
+    `forward` takes a context [B, L, D], or [1, L, D] for all images, and a mask bool [B, L] or
+    [1, L], True = a token that may be attended to.
     """
 
     def __init__(
@@ -180,29 +111,13 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x, context=None, mask=None):
-        # Queries, keys and values
+        context = x if context is None else context
         q = self.split_heads(self.to_q(x))  # [B, heads, N, d]
-        if isinstance(context, KeyValueCache):
-            k, v = context.project_keys_values(self, q.dtype)  # [B or 1, heads, L, d] each
-        else:
-            k, v = self.project_keys_values(x if context is None else context)
-
-        # One context serves all images of the batch; one mask serves all heads and queries
-        k = k.expand(len(x), -1, -1, -1)  # [B, heads, L, d]
-        v = v.expand(len(x), -1, -1, -1)  # [B, heads, L, d]
-        if mask is not None:
-            mask = mask[:, None, None, :].expand(len(x), -1, -1, -1)  # [B, 1, 1, L]
-
+        k = self.split_heads(self.to_k(context))  # [B, heads, L, d]
+        v = self.split_heads(self.to_v(context))  # [B, heads, L, d]
         # softmax(Q Kᵀ / sqrt(d)) V
-        if x.device.type == "cpu" and k.shape[-2] <= MAX_PLAIN_KEYS:
-            out = plain_attention(q, k, v, mask)  # [B, heads, N, d]
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, heads, N, d]
+        out = scaled_dot_product_attention(q, k, v, mask)  # [B, heads, N, d]
         return self.to_out(out.transpose(1, 2).flatten(2))  # [B, N, C]
-
-    def project_keys_values(self, context):
-        """Keys and values of a context [B, L, D], [B, heads, L, d] each."""
-        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
     def split_heads(self, y):
         """[B, N, C] → [B, heads, N, d], d = C / heads."""

@@ -14,8 +14,8 @@ The tables below map the names. The tensors are the same, except for the attenti
 autoencoder, which original files store as 1×1 convolutions. A pickle is read without calling
 anything that it names.
 
-The file needs torch, safetensors and, beside it, weights_io.py; its example also needs unet.py and
-blocks.py.
+The file needs torch, safetensors and, beside it, weights_io.py; its example also needs unet.py,
+blocks.py and attention_kernels.py.
 
 >>> import tempfile
 >>> from .unet import UNet

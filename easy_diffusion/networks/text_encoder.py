@@ -4,7 +4,11 @@
 tokenizer, because a Chinese character already carries meaning: each character is a token. An
 embedding table and a small transformer (Vaswani et al. 2017) encode them, so that 豆 in 土豆
 (potato) and 豆 in 豆腐 (tofu) get different embeddings. The empty caption consists of the start
-token alone. It serves as the unconditional context of classifier-free guidance.
+token alone.
+
+The attribute `uncond` of an encoder is the caption that stands for no caption, here "". Training
+puts it in place of dropped captions, and classifier-free guidance uses its context as the
+unconditional one. An encoder of class labels would have a label of its own for it.
 
 `CnClipEncoder` is the text tower of Chinese CLIP (Yang et al. 2022), which was trained on hundreds
 of millions of images with captions. It is large and usually stays frozen.
@@ -45,6 +49,8 @@ class CharacterEncoder(nn.Module):
     PADDING = 0
     START = 1
     UNKNOWN = 2
+
+    uncond = ""  # the unconditional caption
 
     def __init__(
         self,
@@ -119,6 +125,8 @@ class CnClipEncoder(nn.Module):
     """
 
     LENGTH = 52
+
+    uncond = ""  # the unconditional caption
 
     def __init__(self, source, frozen: bool = True):
         super().__init__()

@@ -18,8 +18,11 @@ With patch = p, each p×p square of pixels becomes one position with p² times t
 64×64 image with p = 4 costs what a 16×16 image does (Hoogeboom et al., "Simple diffusion", 2023).
 `UNet.stable_diffusion_15()` is the network of Stable Diffusion 1.5.
 
-The file needs torch, safetensors and, beside it, blocks.py, stable_diffusion_weights.py and
-weights_io.py.
+`FastUNet` in fast_unet.py gives the same outputs faster when the context stays the same over many
+calls, as in sampling.
+
+The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py,
+stable_diffusion_weights.py and weights_io.py.
 
 >>> network = UNet(channels=(32, 64), context_dim=128)
 >>> x_t = torch.randn(2, 3, 32, 32)
@@ -35,7 +38,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import (
     Downsample,
-    KeyValueCache,
     ResidualBlock,
     SpatialTransformer,
     Upsample,
@@ -50,8 +52,7 @@ class UNet(nn.Module):
 
     The context holds the token embeddings of a text encoder; mask is bool [B, L], True = a real
     token. A class label is a context of a single token, [B, 1, D]: a row of an nn.Embedding.
-    A context of k·B captions gives k·B outputs: the first B captions are for the B images, the next
-    B captions for the same images again, and so on.
+    A context [1, L, D] serves all images.
 
     channels: number of channels of each level, from the finest to the coarsest; multiples of 32,
         because the group normalisations have 32 groups. 64 or more is better: a group of a single
@@ -67,6 +68,8 @@ class UNet(nn.Module):
         block again in the backward pass: a third more work, a fraction of the memory (Chen et al.,
         "Training Deep Nets with Sublinear Memory Cost", 2016).
 
+    The attribute `settings` is the dict of all these arguments: `UNet(**settings)` builds the
+    network again, and `check_settings` of weights_io.py compares it with that of saved weights.
     `forward` raises ValueError unless height and width are multiples of patch · 2^(levels - 1).
     """
 
@@ -94,6 +97,19 @@ class UNet(nn.Module):
             )
         if pooled and context_dim is None:
             raise ValueError("pooled=True needs a context: give a context_dim")
+        self.settings = dict(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            channels=tuple(channels),
+            context_dim=context_dim,
+            blocks=blocks,
+            attention=attention,
+            heads=heads,
+            patch=patch,
+            pooled=pooled,
+            dropout=dropout,
+            checkpointing=checkpointing,
+        )
         self.channels = tuple(channels)
         self.context_dim = context_dim
         self.blocks = blocks
@@ -181,21 +197,6 @@ class UNet(nn.Module):
         load_stable_diffusion(self, path)
         return self
 
-    def cache_context(
-        self, context: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> tuple[KeyValueCache, torch.Tensor | None]:
-        """Prepare a context [B or 1, L, D] and its mask [B or 1, L] for many calls of the network.
-
-        Pass the returned pair to `forward` as context and mask. Each attention layer then
-        computes its keys and values once, not at every sampling step. Tokens that are padding in
-        all captions are removed.
-        """
-        if mask is not None:
-            is_used = mask.any(dim=0)  # [L]
-            context = context[:, is_used]
-            mask = mask[:, is_used]
-        return KeyValueCache(context.to(self.conv_in.weight.dtype)), mask
-
     @property
     def size_multiple(self) -> int:
         """Height and width of the images must be multiples of this."""
@@ -203,18 +204,19 @@ class UNet(nn.Module):
         return self.patch * 2**halvings
 
     def forward(self, x, t, context=None, mask=None):
-        self.check_inputs(x, context)
+        self.check_context(context, len(x))
+        self.check_size(x)
         dtype = self.conv_in.weight.dtype  # a network in half precision takes images of any dtype
         x = x.to(dtype)
-        if isinstance(context, torch.Tensor):
+        if context is not None:
             context = context.to(dtype)
 
+        # Time embedding
         time_embedding = self.time(timestep_embedding(t, self.channels[0]).to(dtype))  # [B, 4 C]
         if self.pool is not None:
-            tokens = context.context if isinstance(context, KeyValueCache) else context
-            pooled = self.pool(masked_mean(tokens, mask))  # [k·B or 1, 4 C]
-            time_embedding = repeat_batch(time_embedding, len(pooled)) + pooled
+            time_embedding = time_embedding + self.pool(masked_mean(context, mask))
 
+        # Way down, middle, way up
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # [B, C, H/p, W/p]
         skips = [h]
         for layers in self.down:
@@ -222,20 +224,23 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.run_block(self.middle, h, time_embedding, context, mask)
         for layers in self.up:
-            skip = repeat_batch(skips.pop(), len(h))
-            h = self.run_block(layers, torch.cat([h, skip], dim=1), time_embedding, context, mask)
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = self.run_block(layers, h, time_embedding, context, mask)
         h = self.conv_out(F.silu(self.norm_out(h)))  # [B, C' p², H/p, W/p]
         return F.pixel_shuffle(h, self.patch)  # [B, C', H, W]
 
-    def check_inputs(self, x, context) -> None:
-        """Raise ValueError for a missing context, a wrong number of captions or a wrong size."""
+    def check_context(self, context, batch: int) -> None:
+        """Raise ValueError for a missing context or a wrong number of captions."""
         if context is None and self.context_dim is not None:
             raise ValueError("a network with a context_dim needs a context [B, L, D], not None")
-        if context is not None and len(context) != 1 and len(context) % len(x):
+        if context is not None and len(context) not in (1, batch):
             raise ValueError(
-                f"a context of {len(context)} captions does not fit {len(x)} images: "
-                f"it needs 1 caption or a multiple of {len(x)}"
+                f"a context of {len(context)} captions does not fit {batch} images: "
+                f"it needs 1 caption or {batch}"
             )
+
+    def check_size(self, x) -> None:
+        """Raise ValueError for a height or width that is not a multiple of `size_multiple`."""
         if x.shape[-2] % self.size_multiple or x.shape[-1] % self.size_multiple:
             raise ValueError(
                 f"height and width must be multiples of {self.size_multiple} for this network, "
@@ -252,28 +257,15 @@ class UNet(nn.Module):
 
 
 def apply_block(layers, h, time_embedding, context, mask):
-    """Apply the layers of one block to h [B, C, H, W], each with the arguments that it takes.
-
-    With k captions an image, h has B rows before the first layer that depends on the caption and
-    k·B rows from there on.
-    """
+    """Apply the layers of one block to h [B, C, H, W], each with the arguments that it takes."""
     for layer in layers:
         if isinstance(layer, ResidualBlock):
-            h = layer(repeat_batch(h, len(time_embedding)), repeat_batch(time_embedding, len(h)))
+            h = layer(h, time_embedding)
         elif isinstance(layer, SpatialTransformer):
-            if context is not None:
-                h = repeat_batch(h, len(context))
             h = layer(h, context, mask)
         else:
             h = layer(h)
     return h
-
-
-def repeat_batch(y: torch.Tensor, batch: int) -> torch.Tensor:
-    """Repeat y [B, ...] as a whole up to `batch` rows; y itself if it has that many or more."""
-    if batch <= len(y):
-        return y
-    return y.repeat(batch // len(y), *(1,) * (y.ndim - 1))
 
 
 def masked_mean(context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -169,6 +169,39 @@ def load_weights(module: torch.nn.Module, state: dict) -> None:
     module.load_state_dict(state)
 
 
+# Settings that change the training of a network, but not what it computes with given weights
+TRAINING_SETTINGS = ("dropout", "checkpointing")
+
+
+def check_settings(saved: dict, network: torch.nn.Module) -> None:
+    """Raise ValueError, naming each difference, unless saved weights belong to such a network.
+
+    saved: the settings of the network whose weights were saved, as a file holds them.
+    network: has an attribute `settings`, the dict of its constructor's arguments.
+
+    Weights of the same shapes can belong to different networks: with another number of heads, for
+    example, they load, but compute something else. Tuples and lists count as equal. Ignored are
+    TRAINING_SETTINGS, and settings that the file does not have, since an earlier version wrote it.
+    """
+    differences = []
+    for name, value in saved.items():
+        if name in TRAINING_SETTINGS:
+            continue
+        own = network.settings.get(name)
+        if _tuples_to_lists(own) != _tuples_to_lists(value):
+            differences.append(f"{name}: {value} in the checkpoint, {own} in the network")
+    if differences:
+        raise ValueError(
+            f"the checkpoint is of a {type(network).__name__} with other settings:\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def _tuples_to_lists(value):
+    """JSON has no tuples: `save_tree` writes them as lists."""
+    return [_tuples_to_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 # ---------------------------------------------------------------- files of other projects
 
 

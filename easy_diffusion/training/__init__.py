@@ -2,16 +2,22 @@
 
 The files, in reading order:
 
-    trainer.py             train: the training loop, as a generator of steps
+    simple.py              train_simple: the training loop in forty lines
+    trainer.py             train: the same step made robust, as a generator of steps
+    training_step.py       what train yields
+    options.py             its options, in groups
     data_loader.py         shuffled batches in worker processes; resumable at any step
-    optimizers.py          AdamW, Muon, learning rates, gradient clipping, the plateau test
+    draws.py               timesteps, dropped captions and noise of a step, repeatable
+    optimizers.py          AdamW, Muon, SGD; learning rates, gradient clipping, the plateau test
     muon.py                Muon: an optimizer for matrices
+    clock.py               steps, seconds, and the learning rate over the run
     ema.py                 exponential moving average of the weights
+    loss_history.py        all losses, smoothed, and of each quarter of the schedule
     health.py              non-finite losses and spikes: skip, roll back, give up
-    memory.py              out of memory; the largest batch that fits
+    memory.py              out of memory: micro-batches; the largest batch that fits
     distributed.py         what several processes exchange; the precision that is fast
     checkpoint.py          the state of a training in a safetensors file, written atomically
-    progress.py            progress bar, CSV log, curves, TensorBoard, and the training's clock
+    progress.py            progress bar, CSV log, curves, TensorBoard
     train_autoencoder.py   training an autoencoder
     autoencoder_losses.py  its losses: reconstruction, perceptual, patch discriminator
     finetune_cn_clip.py    fine-tuning Chinese CLIP on one's own dishes
@@ -36,7 +42,9 @@ from .checkpoint import (
     save_checkpoint,
     save_or_warn,
 )
+from .clock import TrainingClock
 from .data_loader import (
+    Batch,
     BatchDataset,
     ResumableBatchSampler,
     derive_seed,
@@ -44,6 +52,9 @@ from .data_loader import (
     images_per_step,
     infinite_batches,
     make_loader,
+    normalize_pixels,
+    prepare_loader,
+    unpack_batch,
 )
 from .distributed import (
     any_rank,
@@ -54,6 +65,7 @@ from .distributed import (
     fast_precision,
     reduce_metrics,
 )
+from .draws import StepDraws
 from .ema import update_ema
 from .finetune_cn_clip import (
     FinetuneStep,
@@ -67,24 +79,73 @@ from .finetune_cn_clip import (
     save_cn_clip,
 )
 from .health import TrainingHealth
-from .memory import catch_out_of_memory, find_largest_batch, free_memory, run_unsplit
+from .loss_history import LossHistory, update_quartile_losses
+from .memory import (
+    MicroBatches,
+    catch_out_of_memory,
+    find_largest_batch,
+    free_memory,
+    run_unsplit,
+)
 from .muon import Muon, orthogonalize
-from .optimizers import build_optimizers, clip_grad_norm, has_plateaued, set_learning_rates
-from .progress import CsvLog, TrainingClock, plot_curves, read_rows, save_curves, track_progress
-from .train_autoencoder import AutoencoderStep, measure_latent_scale, train_autoencoder
-from .trainer import TrainingStep, train, update_quartile_losses
+from .optimizers import (
+    OptimizerPhases,
+    build_optimizers,
+    clip_grad_norm,
+    compute_grad_norm,
+    descend,
+    has_plateaued,
+    set_learning_rates,
+)
+from .options import (
+    AdversarialOptions,
+    AutoencoderOptions,
+    OptimizerOptions,
+    PlateauOptions,
+    ReconstructionOptions,
+    SafetyOptions,
+    ScheduleOptions,
+    TrainingOptions,
+    replace_options,
+)
+from .progress import CsvLog, plot_curves, read_rows, save_curves, track_progress
+from .simple import SimpleStep, train_simple
+from .train_autoencoder import (
+    AutoencoderStep,
+    AutoencoderTrainer,
+    measure_latent_scale,
+    train_autoencoder,
+)
+from .trainer import Trainer, train
+from .training_step import TrainingStep
 
 __all__ = [
     "LPIPS",
+    "AdversarialOptions",
+    "AutoencoderOptions",
     "AutoencoderStep",
+    "AutoencoderTrainer",
+    "Batch",
     "BatchDataset",
     "CsvLog",
     "FinetuneStep",
+    "LossHistory",
+    "MicroBatches",
     "Muon",
+    "OptimizerOptions",
+    "OptimizerPhases",
     "PatchDiscriminator",
+    "PlateauOptions",
+    "ReconstructionOptions",
     "ResumableBatchSampler",
+    "SafetyOptions",
+    "ScheduleOptions",
+    "SimpleStep",
+    "StepDraws",
+    "Trainer",
     "TrainingClock",
     "TrainingHealth",
+    "TrainingOptions",
     "TrainingStep",
     "adaptive_weight",
     "any_rank",
@@ -94,10 +155,12 @@ __all__ = [
     "build_optimizers",
     "catch_out_of_memory",
     "clip_grad_norm",
+    "compute_grad_norm",
     "compute_recall",
     "contrastive_loss",
     "default_accelerator",
     "derive_seed",
+    "descend",
     "discriminator_loss",
     "encode_captions",
     "encode_images",
@@ -117,10 +180,13 @@ __all__ = [
     "load_newest_checkpoint",
     "make_loader",
     "measure_latent_scale",
+    "normalize_pixels",
     "orthogonalize",
     "plot_curves",
+    "prepare_loader",
     "read_rows",
     "reduce_metrics",
+    "replace_options",
     "run_unsplit",
     "save_checkpoint",
     "save_cn_clip",
@@ -131,6 +197,8 @@ __all__ = [
     "track_progress",
     "train",
     "train_autoencoder",
+    "train_simple",
+    "unpack_batch",
     "update_ema",
     "update_quartile_losses",
 ]

@@ -11,7 +11,7 @@ one, never an incomplete one.
     path.best       the one with the lowest loss
 
 If the newest file is damaged, `load_newest_checkpoint` takes the newest that is not. The file
-needs torch, safetensors, files.py and the folder networks/.
+needs torch, safetensors, files.py, the folder networks/ and, beside it, data_loader.py.
 
 >>> import tempfile
 >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
@@ -36,7 +36,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..files import atomic_path
-from ..networks.weights_io import HEADER, flatten_tree, load_tree, load_weights
+from ..networks.weights_io import HEADER, check_settings, flatten_tree, load_tree, load_weights
+from .data_loader import images_per_step
 
 # ---------------------------------------------------------------- writing
 
@@ -178,15 +179,99 @@ def check_compatible(
         )
 
 
-def load_ema_weights(network, encoder, state: dict) -> None:
+def check_network(saved: dict, network, prediction_type: str) -> None:
+    """Raise ValueError unless a checkpoint's weights belong to such a network.
+
+    saved: the tree of a checkpoint. Its "network_settings" are compared with `network.settings`,
+        if both exist.
+    prediction_type: of the diffusion, such as "eps" or "v".
+    """
+    if saved["prediction_type"] != prediction_type:
+        raise ValueError(
+            f"the network was trained to predict {saved['prediction_type']}, not {prediction_type}"
+        )
+    if saved.get("network_settings") and hasattr(network, "settings"):
+        check_settings(saved["network_settings"], network)
+
+
+def load_ema_weights(network, encoder, diffusion, saved: dict) -> None:
     """Load a checkpoint's EMA weights, ready for sampling: eval mode, on the GPU if there is one.
 
-    network, encoder: modules of the same sizes as those that were trained; changed in place.
-    state: the tree's "ema".
+    network, encoder: modules of the same settings as those that were trained; changed in place.
+    diffusion: has the prediction type that the network was trained with.
+    saved: the tree of a checkpoint of `train`.
+
+    Raises ValueError, naming the difference, if the weights belong to another network or to another
+    prediction type. A checkpoint of an earlier version has no settings, which then go unchecked.
     """
+    check_network(saved, network, diffusion.prediction_type)
     models = torch.nn.ModuleDict({"network": network, "encoder": encoder})
-    load_weights(models, state)
+    load_weights(models, saved["ema"])
     models.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------- the state of a Trainer
+
+
+def stateful_parts(trainer) -> dict:
+    """The parts of a Trainer that are stored under their names with their own `state_dict`."""
+    parts = {"health": trainer.health, "timesteps": trainer.options.timesteps}
+    if trainer.scaler.is_enabled():
+        parts["scaler"] = trainer.scaler
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+
+def save_training(trainer) -> str:
+    """Write the checkpoint of a Trainer; return "" or, if the disk refused it, a warning."""
+    history = trainer.history
+    safety = trainer.options.safety
+    window_loss = history.window_mean(trainer.options.plateau.window)
+    lowest_loss = min(window_loss, history.lowest_loss)
+    tree = {
+        "models": trainer.models.state_dict(),
+        "ema": trainer.ema_models.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer, _ in trainer.optimizers.adamw],
+        "phase": trainer.optimizers.phase,
+        "index": trainer.clock.index,
+        "seconds": trainer.clock.seconds,
+        "progress": trainer.clock.progress,
+        "prediction_type": trainer.diffusion.prediction_type,
+        "network_settings": getattr(trainer.models["network"], "settings", None),
+        "images_per_step": images_per_step(trainer.loader, trainer.world_size),
+    }
+    tree |= trainer.micro_batches.state_dict()
+    tree |= history.state_dict() | {"lowest_loss": lowest_loss}
+    tree |= {name: part.state_dict() for name, part in stateful_parts(trainer).items()}
+    is_best = window_loss < history.lowest_loss
+    warning = save_or_warn(safety.checkpoint, tree, safety.keep, best=is_best)
+    if not warning:
+        history.lowest_loss = lowest_loss
+    return warning
+
+
+def load_training(trainer) -> None:
+    """Read the checkpoint into a Trainer. Raises ValueError if they are incompatible."""
+    path = trainer.options.safety.checkpoint
+    saved = load_newest_checkpoint(path)
+    check_compatible(
+        path,
+        saved,
+        trainer.optimizers.adamw,
+        trainer.diffusion.prediction_type,
+        images_per_step(trainer.loader, trainer.world_size),
+    )
+    check_network(saved, trainer.models["network"], trainer.diffusion.prediction_type)
+    load_weights(trainer.models, saved["models"])
+    load_weights(trainer.ema_models, saved["ema"])
+    for (optimizer, _), state in zip(trainer.optimizers.adamw, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    parts = stateful_parts(trainer)
+    for name in parts.keys() & saved.keys():
+        parts[name].load_state_dict(saved[name])
+    trainer.history.load_state_dict(saved)
+    trainer.micro_batches.load_state_dict(saved)
+    trainer.optimizers.phase = saved["phase"]
+    trainer.clock.start(saved["index"], saved["seconds"])
 
 
 # ---------------------------------------------------------------- checkpoints of earlier versions

@@ -1,5 +1,9 @@
 """From a dataset to batches: shuffled, repeatable from any step on, in one process or several.
 
+A batch is (images, captions), or (images, captions, extras) with more tensors by name, such as
+{"control": [B, 3, H, W]}: a control image, a mask, a film. They reach the network as keyword
+arguments. A dataset whose items are (image, caption, {"control": tensor}) gives such batches.
+
 Order. The order of epoch e follows from (seed, e) alone. A training that stopped after step n
 therefore resumes with exactly the batch of step n, with the same dataset and batch size, and uses
 each image of the epoch once.
@@ -32,12 +36,16 @@ True
 >>> both = torch.cat([next(batches)[0] for batches in ranks])
 >>> both.tolist() == next(infinite_batches(make_loader(dataset, 4)))[0].tolist()
 True
+>>> images, captions, extras = unpack_batch((torch.zeros(2, 3, 8, 8), ["红", "绿"]))
+>>> captions, extras
+(['红', '绿'], {})
 """
 
 import contextlib
 import os
 import random
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -198,6 +206,68 @@ def make_loader(
 # ---------------------------------------------------------------- batches for training
 
 
+class Batch(NamedTuple):
+    """What a loader gives for one training step.
+
+    images: uint8 [B, C, H, W], or latents, float [B, Z, h, w].
+    captions: a list of B captions: whatever the encoder takes, such as str, or int for labels.
+    extras: more tensors by name, [B, ...] each.
+    """
+
+    images: torch.Tensor
+    captions: list
+    extras: dict[str, torch.Tensor]
+
+
+def unpack_batch(batch) -> Batch:
+    """Check a loader's batch and return it with its extras, if only an empty dict.
+
+    batch: (images, captions) or (images, captions, extras), as described for `Batch`. Captions may
+        also be a tuple, or a tensor, which becomes a list.
+
+    Raises ValueError, saying what came, for anything else.
+    """
+    parts = tuple(batch) if isinstance(batch, (tuple, list)) else ()
+    if len(parts) in (2, 3):
+        images, captions, extras = (*parts, {})[:3]
+        if isinstance(captions, torch.Tensor):
+            captions = captions.tolist()
+        if is_batch(images, captions, extras):
+            return Batch(images, list(captions), extras)
+    raise ValueError(
+        "a batch must be (images [B, C, H, W], B captions) or (images, captions, extras) with a "
+        f"dict of tensors [B, ...] as extras; the loader gave {describe(batch)}"
+    )
+
+
+def is_batch(images, captions, extras) -> bool:
+    """Whether the parts of a batch have the types, and as many items, as described for `Batch`."""
+    if not isinstance(captions, (tuple, list)) or not isinstance(extras, dict):
+        return False
+    tensors = [images, *extras.values()]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        return False
+    return all(tensor.shape[:1] == (len(captions),) for tensor in tensors)
+
+
+def describe(value) -> str:
+    """The type of a value, the shape of a tensor, and those of the parts of a tuple or dict."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)}"
+    if isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value):
+        return f"({', '.join(describe(part) for part in value)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name!r}: {describe(part)}' for name, part in value.items())}}}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def normalize_pixels(values: torch.Tensor) -> torch.Tensor:
+    """Map pixel values, uint8 0 … 255, to [-1, 1]; return any other tensor as it is."""
+    return values.float() / 127.5 - 1 if values.dtype == torch.uint8 else values
+
+
 def images_per_step(loader: Iterable, world_size: int = 1) -> int | None:
     """Number of images of a training step in all processes; None for a loader of another origin.
 
@@ -207,6 +277,18 @@ def images_per_step(loader: Iterable, world_size: int = 1) -> int | None:
     if not isinstance(sampler, ResumableBatchSampler):
         return None
     return sampler.batch_size * world_size
+
+
+def prepare_loader(accelerator, loader):
+    """Divide the batches of a torch DataLoader among the processes of an Accelerator.
+
+    A loader of `make_loader`, which does that by itself, and any other iterable is returned as it
+    is.
+    """
+    is_resumable = isinstance(getattr(loader, "batch_sampler", None), ResumableBatchSampler)
+    if isinstance(loader, DataLoader) and not is_resumable:
+        return accelerator.prepare(loader)
+    return loader
 
 
 def infinite_batches(

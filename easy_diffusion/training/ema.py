@@ -7,8 +7,8 @@ and give better samples (Ho et al. 2020, appendix B). After step i = 0, 1, 2, â€
     theta_ema  â†  theta_ema + (1 - d_i) (theta - theta_ema)
 
 With d_i = decay the average extends over about the last 1 / (1 - decay) steps. In the first steps
-(1 + i) / (10 + i) is smaller, so that the random initial weights are forgotten quickly. The file
-needs nothing but torch.
+(1 + i) / (10 + i) is smaller, so that the random initial weights are forgotten quickly. Buffers,
+such as the running statistics of BatchNorm, are copied. The file needs nothing but torch.
 
 >>> model = torch.nn.Linear(1, 1, bias=False)
 >>> ema_model = torch.nn.Linear(1, 1, bias=False)
@@ -24,12 +24,14 @@ import torch
 
 @torch.no_grad()
 def update_ema(ema_model, model, index: int, decay: float) -> None:
-    """Move the averaged weights towards the trained ones, in place.
+    """Move the averaged weights towards the trained ones and copy the buffers, in place.
 
-    ema_model, model: modules with the same parameters in the same order.
+    ema_model, model: modules with the same parameters and buffers in the same order.
     index: the training step i, counted from 0.
     decay: upper limit of d_i, in [0, 1); larger is slower.
     """
     d = min(decay, (1 + index) / (10 + index))
     parameters = [parameter.detach() for parameter in model.parameters()]
     torch._foreach_lerp_(list(ema_model.parameters()), parameters, 1 - d)
+    for ema_buffer, buffer in zip(ema_model.buffers(), model.buffers()):
+        ema_buffer.copy_(buffer)

@@ -15,7 +15,8 @@ the k nearest of all captions.
 
 `save_cn_clip` writes a checkpoint that cn_clip's `load_from_name` and `CnClipEncoder` of
 networks/text_encoder.py read. The file needs torch, torchvision and cn_clip and, beside it,
-checkpoint.py and data_loader.py; from this package also files.py and networks/weights_io.py.
+checkpoint.py, clock.py, data_loader.py, muon.py and optimizers.py; from this package also files.py
+and networks/weights_io.py.
 
 >>> captions = ["番茄汤", "土豆丝", "炒面"]
 >>> embeddings = torch.eye(3)
@@ -41,7 +42,9 @@ import torch.nn.functional as F
 from ..files import atomic_path
 from ..networks.weights_io import load_weights
 from .checkpoint import load_checkpoint, save_checkpoint
-from .data_loader import infinite_batches
+from .clock import TrainingClock
+from .data_loader import infinite_batches, unpack_batch
+from .optimizers import descend, set_learning_rates
 
 # Mean and standard deviation of CLIP's training images, for values in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -146,6 +149,16 @@ def contrastive_loss(
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
+def compute_loss(model, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    """Return the contrastive loss of a batch of images uint8 [B, 3, H, W] and their captions."""
+    return contrastive_loss(
+        encode_images(model, images.to(model.logit_scale.device)),
+        encode_captions(model, captions),
+        model.logit_scale.exp(),
+        captions,
+    )
+
+
 def compute_recall(
     image_embeddings: torch.Tensor,
     image_captions: list[str],
@@ -227,61 +240,46 @@ def finetune(
         other caption of a batch is a negative example, so larger batches teach more.
     learning_rate: the peak rate.
     weight_decay: of AdamW.
-    warmup: steps over which the rate rises linearly to its peak.
-    clip: largest norm of the gradient; a longer gradient is scaled down to it.
+    warmup: steps over which the rate rises linearly to its peak; at most a tenth of the run.
+    clip: maximum norm of the gradient.
     checkpoint: path of the training's state, written every `save_every` steps and at the end. If
         the file exists, the training resumes from it. The model alone is saved by `save_cn_clip`.
 
-    Raises ValueError if the loader yields no batch, FloatingPointError if the loss is not finite.
+    Raises ValueError if the loader yields no batch, or steps < 1; FloatingPointError if the loss
+    or its gradient is not finite.
     """
-    device = model.logit_scale.device
     optimizer = torch.optim.AdamW(
         model.parameters(), learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=weight_decay
     )
-
-    # Resume from the checkpoint, if there is one.
-    first_index = 0
+    optimizers = [(optimizer, learning_rate)]
+    clock = TrainingClock(steps)
     if checkpoint is not None and Path(checkpoint).exists():
-        saved = load_checkpoint(checkpoint, device)
+        saved = load_checkpoint(checkpoint, model.logit_scale.device)
         load_weights(model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first_index = saved["index"]
+        clock.start(saved["index"])
 
-    batches = infinite_batches(loader, first_index)
-    for index, (images, captions) in zip(range(first_index, steps), batches):
+    batches = infinite_batches(loader, clock.index)
+    while clock.progress < 1:
         # The loss.
+        images, captions, _ = unpack_batch(next(batches))
         model.train()
-        captions = list(captions)
-        loss = contrastive_loss(
-            encode_images(model, images.to(device)),
-            encode_captions(model, captions),
-            model.logit_scale.exp(),
-            captions,
-        )
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {index}; "
-                f"try a learning_rate below {learning_rate}"
-            )
+        loss = compute_loss(model, images, captions)
 
         # The optimizer step, with linear warm-up and cosine decay of the learning rate.
-        rising = min(1, (index + 1) / max(warmup, 1))
-        falling = 1 + math.cos(math.pi * index / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rising * falling / 2
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
+        cosine = (1 + math.cos(math.pi * clock.progress)) / 2
+        set_learning_rates(optimizers, cosine * clock.lr_multiplier(warmup, decay=0))
+        loss = descend(loss, list(model.parameters()), optimizers, clip, clock.index)
         with torch.no_grad():
             model.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
         # Save, and yield the step.
-        if checkpoint is not None and ((index + 1) % save_every == 0 or index + 1 == steps):
+        clock.tick(len(images))
+        if checkpoint is not None and (clock.index % save_every == 0 or clock.progress == 1):
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "index": index + 1,
+                "index": clock.index,
             }
             save_checkpoint(checkpoint, state)
-        yield FinetuneStep(index, loss.item(), model.eval())
+        yield FinetuneStep(clock.index - 1, loss, model.eval())

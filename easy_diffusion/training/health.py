@@ -132,8 +132,8 @@ class TrainingHealth:
         self.rollbacks += 1
         self.in_a_row = 0
         return (
-            f"rolled back to the EMA weights of step {self.snapshot_step}; "
-            f"learning rate × {self.lr_scale:g}"
+            f"{self.patience} bad steps in a row: rolled back to the EMA weights of step "
+            f"{self.snapshot_step}; learning rate × {self.lr_scale:g}"
         )
 
     def describe(self) -> str:

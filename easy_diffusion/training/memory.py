@@ -1,8 +1,9 @@
 """Out of memory: recognize it, and find the largest batch that fits.
 
 A batch that is too large for the memory can be split into micro-batches, whose gradients add up
-(gradient accumulation); `train` in trainer.py does that when it runs out of memory. Or the batch
-size can be chosen beforehand: `find_largest_batch` tries training steps with 1, 2, 4, … images.
+(gradient accumulation); `train` in trainer.py does that when it runs out of memory, with
+`MicroBatches`. Or the batch size can be chosen beforehand: `find_largest_batch` tries training
+steps with 1, 2, 4, … images.
 The file needs torch and psutil.
 
 >>> def step(images):
@@ -12,9 +13,12 @@ The file needs torch and psutil.
 True
 >>> find_largest_batch(step), find_largest_batch(step, within=0)
 (32, 50)
+>>> MicroBatches(2).slices(batch_size=5)
+[slice(0, 3, None), slice(3, 6, None)]
 """
 
 import gc
+import math
 import resource
 import sys
 import warnings
@@ -46,6 +50,50 @@ def catch_out_of_memory(function: Callable, *arguments):
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
+
+
+class MicroBatches:
+    """Number of micro-batches into which each batch is split; it doubles once.
+
+    count: the number to begin with.
+    doubled: whether the memory has run out and the number was doubled.
+    """
+
+    def __init__(self, count: int = 1):
+        self.count = count
+        self.doubled = False
+
+    def slices(self, batch_size: int) -> list[slice]:
+        """Return the slices of a batch, all of the same size but the last."""
+        size = math.ceil(batch_size / self.count)
+        return [slice(start, start + size) for start in range(0, batch_size, size)]
+
+    def double(self, index: int, batch_size: int) -> str:
+        """Split batches in twice as many parts from step `index` on; return a note for the log.
+
+        Raises torch.OutOfMemoryError the second time.
+        """
+        if self.doubled:
+            raise torch.OutOfMemoryError(
+                f"{OUT_OF_MEMORY} at step {index} with {self.count} micro-batches, too: "
+                "use a smaller batch"
+            )
+        self.count *= 2
+        self.doubled = True
+        return (
+            f"{OUT_OF_MEMORY} at step {index}; from now on each batch of {batch_size} images "
+            f"is split into {self.count} micro-batches, whose gradients add up"
+        )
+
+    def state_dict(self) -> dict:
+        return {"micro_batches": self.count, "micro_batches_doubled": self.doubled}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Load from a dict with these keys, which may have others, too."""
+        if state["micro_batches_doubled"]:
+            # If the caller asks for more micro-batches than were saved, they may double once more.
+            self.doubled = self.count <= state["micro_batches"]
+            self.count = max(self.count, state["micro_batches"])
 
 
 def run_unsplit(steps: Iterable) -> None:

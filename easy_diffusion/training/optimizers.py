@@ -12,7 +12,8 @@ before by more than the standard error of the difference, with s² the sample va
 
     mean_previous - mean_recent < sqrt((s²_previous + s²_recent) / n)
 
-The file needs torch and, beside it, muon.py.
+SGD with a tiny learning rate then takes over, see `OptimizerPhases`. The file needs torch and,
+beside it, muon.py.
 
 >>> layer = torch.nn.Linear(4, 4)
 >>> optimizers = build_optimizers(list(layer.parameters()), 1e-3, muon_learning_rate=2e-3)
@@ -25,6 +26,7 @@ The file needs torch and, beside it, muon.py.
 (False, True)
 """
 
+import math
 import statistics
 
 import torch
@@ -66,6 +68,13 @@ def set_learning_rates(optimizers: list[tuple], lr_multiplier: float) -> None:
             group["lr"] = lr_multiplier * peak
 
 
+def compute_grad_norm(parameters) -> torch.Tensor:
+    """Return the norm of the gradient of all parameters, a scalar."""
+    return torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in parameters if parameter.grad is not None]
+    )
+
+
 def clip_grad_norm(parameters, norm: float, max_norm: float) -> None:
     """Scale the gradients in place so that their total norm is at most `max_norm`.
 
@@ -74,6 +83,35 @@ def clip_grad_norm(parameters, norm: float, max_norm: float) -> None:
     """
     if norm > max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
+
+
+def descend(
+    loss: torch.Tensor, parameters, optimizers: list[tuple], clip: float, index: int
+) -> float:
+    """Step all optimizers along the gradient of a loss, its norm clipped; return the loss.
+
+    parameters: list of the parameters that the optimizers train; other gradients are left alone.
+    optimizers: pairs (optimizer, peak learning rate).
+    clip: maximum norm of the gradient.
+    index: of the training step, for the message.
+
+    Raises FloatingPointError, and changes no weight, if the loss or the norm is not finite.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    norm = compute_grad_norm(parameters)
+    loss, norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        peaks = " and ".join(f"{peak:g}" for _, peak in optimizers)
+        raise FloatingPointError(
+            f"the loss is {loss} and the norm of its gradient is {norm} at step {index}; "
+            f"try lower learning rates than {peaks}"
+        )
+    clip_grad_norm(parameters, norm, clip)
+    for optimizer, _ in optimizers:
+        optimizer.step()
+    return loss
 
 
 def has_plateaued(losses: list[float], window: int) -> bool:
@@ -88,3 +126,60 @@ def has_plateaued(losses: list[float], window: int) -> bool:
     previous = losses[-2 * window:-window]
     error = ((statistics.variance(recent) + statistics.variance(previous)) / window) ** 0.5
     return statistics.fmean(previous) - statistics.fmean(recent) < error
+
+
+class OptimizerPhases:
+    """AdamW, with or without Muon; and SGD, which fine-tunes once the loss has plateaued.
+
+    parameters: list of the parameters to train.
+    optimizer: OptimizerOptions.
+    plateau: PlateauOptions.
+
+    The attributes `phase`, "adamw" or "sgd", and `adamw`, a list of pairs (optimizer, peak learning
+    rate), are what a checkpoint holds. SGD without momentum has no state.
+    """
+
+    def __init__(self, parameters, optimizer, plateau):
+        self.adamw = build_optimizers(
+            parameters,
+            optimizer.learning_rate,
+            optimizer.muon_learning_rate,
+            optimizer.weight_decay,
+        )
+        self.sgd = [
+            (torch.optim.SGD(parameters, plateau.sgd_learning_rate), plateau.sgd_learning_rate)
+        ]
+        self.phase = plateau.phase
+        self.plateau = plateau
+
+    @property
+    def current(self) -> list[torch.optim.Optimizer]:
+        """The optimizers of the phase."""
+        pairs = self.adamw if self.phase == "adamw" else self.sgd
+        return [optimizer for optimizer, _ in pairs]
+
+    def set_learning_rates(self, lr_multiplier: float, lr_scale: float) -> float:
+        """Set all learning rates; return that of the phase's first optimizer.
+
+        lr_multiplier: of AdamW and Muon alone, from warm-up and decay.
+        lr_scale: of all optimizers.
+        """
+        set_learning_rates(self.adamw, lr_multiplier * lr_scale)
+        set_learning_rates(self.sgd, lr_scale)
+        return self.current[0].param_groups[0]["lr"]
+
+    def check_plateau(self, losses: list[float], index: int) -> str:
+        """After every 100 steps, change to SGD if the loss has plateaued; return a note, or "".
+
+        losses: of all steps taken.
+        index: number of finished steps.
+        """
+        if self.phase == "sgd" or index % 100 != 0:
+            return ""
+        if not self.plateau.plateaued(losses, self.plateau.window):
+            return ""
+        self.phase = "sgd"
+        return (
+            f"training has plateaued after step {index - 1}: "
+            f"SGD at {self.plateau.sgd_learning_rate:g} takes over from AdamW"
+        )

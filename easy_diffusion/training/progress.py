@@ -1,4 +1,4 @@
-"""Progress of a training: a progress bar, a CSV log, its curves, TensorBoard, and a clock.
+"""Progress of a training: a progress bar, a CSV log, its curves, and TensorBoard.
 
 `track_progress` wraps any generator of training steps and yields the same steps:
 
@@ -13,11 +13,6 @@
 
 A resumed training continues its CSV. Rows of steps after the checkpoint and an incomplete last
 row are removed first, so that no step is logged twice.
-
-`TrainingClock` measures how far a training has come. The multiplier of the learning rate at step
-i follows from it, with warm-up at the start and linear decay at the end:
-
-    lr_multiplier = min(1, (i + 1) / warmup) · min(1, (1 - progress) / decay)
 
 The file needs tqdm and matplotlib and, from this package, files.py. TensorBoard also needs torch
 and tensorboard.
@@ -37,7 +32,6 @@ index,loss,smooth_loss,seconds,progress,images_per_second,note
 
 import contextlib
 import io
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from csv import DictReader, DictWriter
@@ -298,12 +292,17 @@ def _next_step(steps: Iterator) -> tuple:
 
 
 def _format_status(step) -> str:
-    """Return what the bar shows of a step: its index, its loss, the speed and the time left."""
+    """Return what the bar shows of a step: its index, its loss, the speed and the time left.
+
+    A training without a limit has progress 0; then the time so far is shown instead.
+    """
     loss = getattr(step, "smooth_loss", step.loss)
-    seconds_left = step.seconds * (1 / max(step.progress, 1e-9) - 1)
+    if step.progress > 0:
+        time = f"{step.seconds * (1 / step.progress - 1) / 60:.1f} min left"
+    else:
+        time = f"{step.seconds / 60:.1f} min"
     return (
-        f"step {step.index}, loss {loss:.4f}, {step.images_per_second:.0f} images/s, "
-        f"{seconds_left / 60:.1f} min left"
+        f"step {step.index}, loss {loss:.4f}, {step.images_per_second:.0f} images/s, {time}"
     )
 
 
@@ -312,97 +311,3 @@ def _add_scalars(board, row: dict, index: int) -> None:
     for name, value in row.items():
         if isinstance(value, (int, float)):
             board.add_scalar(name, value, index)
-
-
-# ---------------------------------------------------------------- clock
-
-
-class TrainingClock:
-    """Counts the steps, images and seconds of a training.
-
-    The seconds of a resumed training include those before the interruption. Time inside `paused`,
-    such as the caller's work between two steps, does not count.
-
-    steps: number of steps of the whole training, at least 1.
-    minutes: limit of the training time, above 0; None for no limit.
-    save_seconds: seconds of training between two checkpoints.
-
-    The attributes `index`, the number of finished steps, and `seconds`, the training time at the
-    end of the last one, are public. Raises ValueError for steps or minutes out of range.
-
-    >>> clock = TrainingClock(steps=4)
-    >>> for _ in range(3):
-    ...     clock.tick(images=8)
-    >>> clock.progress, clock.lr_multiplier(warmup=10, decay=0.5)
-    (0.75, 0.2)
-    """
-
-    def __init__(self, steps: int, minutes: float | None = None, save_seconds: float = 30):
-        if steps < 1 or (minutes is not None and minutes <= 0):
-            raise ValueError(
-                "a training needs at least one step and more than 0 minutes, "
-                f"not steps={steps}, minutes={minutes}"
-            )
-        self.steps = steps
-        self.minutes = minutes
-        self.save_seconds = save_seconds
-        self.start()
-
-    def start(self, index: int = 0, seconds: float = 0.0) -> None:
-        """Start the clock; index, seconds: where a resumed training continues."""
-        self.index = index
-        self.seconds = seconds
-        self._resumed_at = seconds
-        self._saved_at = seconds
-        self._images = 0                # since the start or the resumption
-        self._started = time.perf_counter()
-
-    @property
-    def progress(self) -> float:
-        """Fraction of the steps or of the minutes that is done, whichever is larger, 0 to 1."""
-        fraction_of_steps = self.index / self.steps
-        fraction_of_time = self.seconds / (60 * self.minutes) if self.minutes else 0.0
-        return min(max(fraction_of_steps, fraction_of_time), 1.0)
-
-    @property
-    def images_per_second(self) -> float:
-        """Mean speed since the start, or since the training was resumed."""
-        return self._images / max(self.seconds - self._resumed_at, 1e-9)
-
-    def lr_multiplier(self, warmup: int, decay: float) -> float:
-        """Return the learning rate of the next step as a fraction of its peak, 0 to 1.
-
-        warmup: number of steps over which the rate rises linearly to its peak.
-        decay: fraction of the training at its end over which the rate falls linearly to 0.
-        """
-        rising = min(1, (self.index + 1) / max(warmup, 1))
-        falling = min(1, (1 - self.progress) / max(decay, 1e-9))
-        return rising * falling
-
-    def now(self) -> float:
-        """Return the training time up to this moment, in seconds."""
-        return self._resumed_at + time.perf_counter() - self._started
-
-    def tick(self, images: int, seconds: float | None = None) -> None:
-        """Count a finished step.
-
-        images: number of images in the step's batch, over all processes.
-        seconds: training time that all processes agreed on; None takes this process's own clock.
-        """
-        self.index += 1
-        self._images += images
-        self.seconds = self.now() if seconds is None else seconds
-
-    def is_save_due(self) -> bool:
-        """Return whether save_seconds have passed since the last call that returned True."""
-        due = self.seconds - self._saved_at > self.save_seconds
-        if due:
-            self._saved_at = self.seconds
-        return due
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the clock inside the `with` block."""
-        pause_started = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - pause_started

@@ -15,9 +15,9 @@ A checkpoint holds the weights, their exponential moving average, the optimizers
 the number of steps. A training that was killed resumes from it and, on a CPU and with a loader of
 `make_loader`, ends with exactly the weights of an uninterrupted one.
 
-The file needs torch and accelerate and, beside it, autoencoder_losses.py, checkpoint.py,
-data_loader.py, distributed.py, ema.py, muon.py, optimizers.py and progress.py; from this package
-also files.py and networks/weights_io.py. Its example needs networks/autoencoder.py.
+The file needs torch and accelerate and, beside it, autoencoder_losses.py, checkpoint.py, clock.py,
+data_loader.py, distributed.py, ema.py, muon.py, optimizers.py and options.py; from this package
+also files.py, diffusion/ and networks/. Its example needs networks/autoencoder.py.
 
 >>> from ..networks.autoencoder import Autoencoder
 >>> images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
@@ -30,26 +30,21 @@ also files.py and networks/weights_io.py. Its example needs networks/autoencoder
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 
 from ..networks.weights_io import load_weights
-from .autoencoder_losses import (
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    structure_loss,
-)
+from .autoencoder_losses import adaptive_weight, discriminator_loss, structure_loss
 from .checkpoint import load_newest_checkpoint, save_or_warn
-from .data_loader import infinite_batches
+from .clock import TrainingClock
+from .data_loader import infinite_batches, normalize_pixels, prepare_loader, unpack_batch
 from .distributed import default_accelerator, warn_on_main_process
 from .ema import update_ema
-from .optimizers import build_optimizers, set_learning_rates
-from .progress import TrainingClock
+from .optimizers import build_optimizers, descend, set_learning_rates
+from .options import AutoencoderOptions, replace_options
 
 
 class AutoencoderStep(NamedTuple):
@@ -76,200 +71,181 @@ class AutoencoderStep(NamedTuple):
     autoencoder: torch.nn.Module
 
 
-def train_autoencoder(
-    autoencoder,
-    loader,
-    *,
-    steps: int = 100_000,
-    minutes: float | None = None,
-    learning_rate: float = 1e-3,
-    muon_learning_rate: float | None = None,
-    warmup: int = 100,
-    decay: float = 0.4,
-    weight_decay: float = 0.01,
-    ema: float = 0.999,
-    clip: float = 1.0,
-    squared: float = 4.0,
-    structure: float = 0.0,
-    kl: float = 1e-4,
-    perceptual: Callable | None = None,
-    perceptual_weight: float = 1.0,
-    discriminator: PatchDiscriminator | None = None,
-    discriminator_from: float = 0.5,
-    discriminator_learning_rate: float = 2e-4,
-    adversarial: float = 0.5,
-    seed: int = 0,
-    checkpoint=None,
-    save_seconds: float = 30,
-    accelerator: Accelerator | None = None,
-) -> Iterator[AutoencoderStep]:
-    """Train an autoencoder and yield every step.
+class AutoencoderTrainer:
+    """An autoencoder, its EMA, its optimizers, and everything else that a checkpoint holds.
 
-    The training ends after `steps` steps or `minutes` minutes, whichever comes first. What the
-    caller does between two steps does not count as training time. Training runs in one process, in
-    full precision or bfloat16. A finished training yields no step; its result is in the checkpoint,
-    under ["models"]["ema"].
+    autoencoder, loader: see `train_autoencoder`.
+    options: AutoencoderOptions.
 
-    autoencoder: an Autoencoder; its weights are trained in place.
-    loader: (images uint8 [B, C, H, W], captions) batches; it is iterated over repeatedly.
-    learning_rate: peak rate of AdamW.
-    muon_learning_rate: peak rate of Muon, which then trains the matrices; None for AdamW alone.
-    warmup: steps over which the rates rise linearly to their peaks.
-    decay: fraction of the training at its end over which the rates fall linearly to 0.
-    weight_decay: weight decay of AdamW and Muon.
-    ema: decay of the exponential moving average of the weights, below 1.
-    clip: largest norm of the gradient; a longer gradient is scaled down to it.
-    squared, structure, kl: weights of the terms (x - y)², structure and KL.
-    perceptual: (x, y) → [B], a perceptual distance such as LPIPS; None for no such term.
-    perceptual_weight: its weight.
-    discriminator: D of the adversarial term, trained in place; None for no such term.
-    discriminator_from: fraction of the training after which the discriminator joins.
-    discriminator_learning_rate: constant rate of its AdamW.
-    adversarial: weight of the adversarial term, relative to all other terms; see `adaptive_weight`.
-    seed: of the generator that draws z.
-    checkpoint: path, written every save_seconds seconds and at the end; if the file exists, the
-        training resumes from it.
-    accelerator: an Accelerator of one process; None for one with the fastest precision.
-
-    Raises ValueError if the checkpoint belongs to another network or to other optimizers, if the
-    loader yields no batch, and for steps, minutes or an accelerator out of range;
-    FloatingPointError if the loss or the gradient is not finite.
+    `run` is the loop; the methods after it are its parts.
     """
-    # Clock, device and the networks.
-    clock = TrainingClock(steps, minutes, save_seconds)
-    accelerator = accelerator or default_accelerator()
-    if accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            'the training needs one process and mixed precision "bf16" or "no", '
-            f'not {accelerator.num_processes} processes and "{accelerator.mixed_precision}"'
+
+    def __init__(self, autoencoder, loader, options: AutoencoderOptions):
+        self.options = options
+        schedule = options.schedule
+        self.clock = TrainingClock(schedule.steps, schedule.minutes, options.save_seconds)
+
+        # Device and precision.
+        self.accelerator = options.accelerator or default_accelerator()
+        check_accelerator(self.accelerator)
+        self.device = self.accelerator.device
+        self.loader = prepare_loader(self.accelerator, loader)
+        self.generator = torch.Generator(self.device).manual_seed(options.seed)
+        self.perceptual = options.reconstruction.perceptual
+        if isinstance(self.perceptual, torch.nn.Module):
+            self.perceptual = self.perceptual.to(self.device)
+
+        # The models, and their optimizers with their peak learning rates.
+        ema_autoencoder = copy.deepcopy(autoencoder).requires_grad_(False).eval().to(self.device)
+        self.models = {"autoencoder": autoencoder, "ema": ema_autoencoder}
+        self.autoencoder = self.accelerator.prepare(autoencoder)
+        self.optimizers = build_optimizers(
+            list(autoencoder.parameters()),
+            options.optimizer.learning_rate,
+            options.optimizer.muon_learning_rate,
+            options.optimizer.weight_decay,
         )
-    device = accelerator.device
-    ema_autoencoder = copy.deepcopy(autoencoder).requires_grad_(False).eval().to(device)
-    models = {"autoencoder": autoencoder, "ema": ema_autoencoder}
-    weights = list(autoencoder.parameters())
-    last_layer = autoencoder.decoder.conv_out.weight
-    if isinstance(perceptual, torch.nn.Module):
-        perceptual = perceptual.to(device)
+        self.discriminator = options.adversary.discriminator
+        self.discriminator_optimizers = []
+        if self.discriminator is not None:
+            self.models["discriminator"] = self.discriminator
+            self.discriminator = self.accelerator.prepare(self.discriminator)
+            rate = options.adversary.discriminator_learning_rate
+            adamw = torch.optim.AdamW(self.discriminator.parameters(), rate, betas=(0.5, 0.9))
+            self.discriminator_optimizers = [(adamw, rate)]
+        self.all_optimizers = [
+            optimizer for optimizer, _ in self.optimizers + self.discriminator_optimizers
+        ]
 
-    # Optimizers, each with its peak learning rate.
-    optimizers_and_rates = build_optimizers(
-        weights, learning_rate, muon_learning_rate, weight_decay
-    )
-    optimizers = [optimizer for optimizer, _ in optimizers_and_rates]
-    autoencoder, *optimizers = accelerator.prepare(autoencoder, *optimizers)
-    discriminator_optimizers = []
-    if discriminator is not None:
-        models["discriminator"] = discriminator
-        adamw = torch.optim.AdamW(
-            discriminator.parameters(), discriminator_learning_rate, betas=(0.5, 0.9)
-        )
-        discriminator, *discriminator_optimizers = accelerator.prepare(discriminator, adamw)
-    discriminator_rates = [
-        (optimizer, discriminator_learning_rate) for optimizer in discriminator_optimizers
-    ]
-    all_optimizers = optimizers + discriminator_optimizers
+    def run(self) -> Iterator[AutoencoderStep]:
+        """Train until the steps or the minutes are over; yield every step."""
+        self.restore()
+        first_index = self.clock.index
+        batches = infinite_batches(self.loader, first_index)
+        while self.clock.progress < 1:
+            # Reconstruct a batch.
+            images = unpack_batch(next(batches)).images
+            x = normalize_pixels(images.to(self.device, non_blocking=True))     # [B, C, H, W]
+            self.autoencoder.train()
+            y, posterior = self.autoencoder(x, self.generator)                  # [B, C, H, W]
 
-    # Data and randomness.
-    if isinstance(loader, torch.utils.data.DataLoader):
-        loader = accelerator.prepare(loader)
-    generator = torch.Generator(device).manual_seed(seed)
+            # Update the autoencoder, the discriminator and the moving average.
+            loss, terms = self.compute_loss(x, y, posterior)
+            loss = self.update_autoencoder(loss)
+            if "adversarial" in terms:
+                terms["discriminator"] = self.update_discriminator(x, y.detach())
+            ema = self.options.optimizer.ema
+            update_ema(self.models["ema"], self.models["autoencoder"], self.clock.index, ema)
 
-    # Resume from the checkpoint, if there is one.
-    if checkpoint is not None and Path(checkpoint).exists():
-        saved = load_newest_checkpoint(checkpoint)
-        _check_checkpoint(checkpoint, saved, models, all_optimizers)
-        for name, model in models.items():
-            load_weights(model, saved["models"][name])
-        for optimizer, state in zip(all_optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        if saved["device"] == device.type:
-            generator.set_state(saved["generator"])
-        clock.start(saved["index"], saved["seconds"])
-    else:
-        clock.start()
+            # Save, and yield the step. The caller's time is not training time.
+            self.clock.tick(len(x))
+            if self.clock.is_save_due():
+                self.save()
+            with self.clock.paused():
+                yield self.describe_step(loss, terms)
+        if self.clock.index > first_index:
+            self.save()
 
-    def save():
-        if checkpoint is None:
+    def restore(self) -> None:
+        """Load the checkpoint, if there is one."""
+        path = self.options.checkpoint
+        self.clock.start()
+        if path is None or not Path(path).exists():
             return
-        state = {
-            "models": {name: model.state_dict() for name, model in models.items()},
-            "index": clock.index,
-            "seconds": clock.seconds,
-            "optimizers": [optimizer.state_dict() for optimizer in all_optimizers],
-            "progress": clock.progress,
-            "generator": generator.get_state(),
-            "device": device.type,
-        }
-        warn_on_main_process(accelerator, save_or_warn(checkpoint, state))
+        saved = load_newest_checkpoint(path)
+        check_checkpoint(path, saved, self.models, self.all_optimizers)
+        for name, model in self.models.items():
+            load_weights(model, saved["models"][name])
+        for optimizer, state in zip(self.all_optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        if saved["device"] == self.device.type:
+            self.generator.set_state(saved["generator"])
+        self.clock.start(saved["index"], saved["seconds"])
 
-    first_index = clock.index
-    batches = infinite_batches(loader, first_index)
-    while clock.progress < 1:
-        # Reconstruct a batch.
-        images, _ = next(batches)
-        x = images.to(device, non_blocking=True).float() / 127.5 - 1        # [B, C, H, W]
-        autoencoder.train()
-        y, posterior = autoencoder(x, generator)                            # [B, C, H, W]
-
-        # The loss: reconstruction, KL and, where they are used, structure and perceptual distance.
+    def compute_loss(self, x, y, posterior) -> tuple[torch.Tensor, dict]:
+        """Return the loss of a batch x [B, C, H, W] and its reconstruction y, and its terms."""
+        options = self.options.reconstruction
         terms = {
             "reconstruction": (x - y).abs().mean(),
             "squared": (x - y).square().mean(),
             "kl": posterior.kl().mean() / x[0].numel(),
         }
-        loss = terms["reconstruction"] + squared * terms["squared"] + kl * terms["kl"]
-        if structure:
+        loss = terms["reconstruction"] + options.squared * terms["squared"]
+        loss = loss + options.kl * terms["kl"]
+        if options.structure:
             terms["structure"] = structure_loss(x, y).mean()
-            loss = loss + structure * terms["structure"]
-        if perceptual is not None:
-            terms["perceptual"] = perceptual(x, y).mean()
-            loss = loss + perceptual_weight * terms["perceptual"]
+            loss = loss + options.structure * terms["structure"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(x, y).mean()
+            loss = loss + options.perceptual_weight * terms["perceptual"]
 
         # The adversarial term, once the discriminator has joined.
-        is_adversarial = discriminator is not None and clock.progress >= discriminator_from
-        if is_adversarial:
-            discriminator.requires_grad_(False)
-            terms["adversarial"] = -discriminator(y).mean()
+        adversary = self.options.adversary
+        if self.discriminator is not None and self.clock.progress >= adversary.discriminator_from:
+            self.discriminator.requires_grad_(False)
+            last_layer = self.models["autoencoder"].decoder.conv_out.weight
+            terms["adversarial"] = -self.discriminator(y).mean()
             terms["lambda"] = adaptive_weight(loss, terms["adversarial"], last_layer)
-            loss = loss + adversarial * terms["lambda"] * terms["adversarial"]
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {clock.index}; "
-                f"try a learning_rate below {learning_rate}"
-            )
+            loss = loss + adversary.adversarial * terms["lambda"] * terms["adversarial"]
+        return loss, terms
 
-        # Update the autoencoder, the discriminator and the moving average.
-        set_learning_rates(optimizers_and_rates, clock.lr_multiplier(warmup, decay))
-        set_learning_rates(discriminator_rates, 1.0)
-        _optimizer_step(accelerator, loss, weights, optimizers, clip)
-        if is_adversarial:
-            discriminator.requires_grad_(True).train()
-            loss_d = discriminator_loss(discriminator(x), discriminator(y.detach()))
-            terms["discriminator"] = loss_d
-            _optimizer_step(
-                accelerator, loss_d, discriminator.parameters(), discriminator_optimizers, clip
-            )
-        update_ema(ema_autoencoder, autoencoder, clock.index, ema)
+    def update_autoencoder(self, loss: torch.Tensor) -> float:
+        """Take the optimizer step of the autoencoder; return the loss."""
+        schedule = self.options.schedule
+        lr_multiplier = self.clock.lr_multiplier(schedule.warmup, schedule.decay)
+        set_learning_rates(self.optimizers, lr_multiplier)
+        weights = list(self.models["autoencoder"].parameters())
+        clip = self.options.optimizer.clip
+        return descend(loss, weights, self.optimizers, clip, self.clock.index)
 
-        # Save, and yield the step. The caller's time is not training time.
-        clock.tick(len(x))
-        if clock.is_save_due():
-            save()
-        with clock.paused():
-            yield AutoencoderStep(
-                index=clock.index - 1,
-                loss=loss.item(),
-                terms={name: term.item() for name, term in terms.items()},
-                images_per_second=clock.images_per_second,
-                seconds=clock.seconds,
-                progress=clock.progress,
-                autoencoder=ema_autoencoder,
-            )
-    if clock.index > first_index:
-        save()
+    def update_discriminator(self, x, y) -> torch.Tensor:
+        """Take the optimizer step of the discriminator; return its loss."""
+        self.discriminator.requires_grad_(True).train()
+        loss = discriminator_loss(self.discriminator(x), self.discriminator(y))
+        set_learning_rates(self.discriminator_optimizers, 1.0)
+        weights = list(self.models["discriminator"].parameters())
+        clip = self.options.optimizer.clip
+        descend(loss, weights, self.discriminator_optimizers, clip, self.clock.index)
+        return loss
+
+    def save(self) -> None:
+        """Write the checkpoint; warn if the disk refuses it."""
+        if self.options.checkpoint is None:
+            return
+        state = {
+            "models": {name: model.state_dict() for name, model in self.models.items()},
+            "index": self.clock.index,
+            "seconds": self.clock.seconds,
+            "optimizers": [optimizer.state_dict() for optimizer in self.all_optimizers],
+            "progress": self.clock.progress,
+            "generator": self.generator.get_state(),
+            "device": self.device.type,
+        }
+        warn_on_main_process(self.accelerator, save_or_warn(self.options.checkpoint, state))
+
+    def describe_step(self, loss: float, terms: dict) -> AutoencoderStep:
+        """Return what `run` yields."""
+        return AutoencoderStep(
+            index=self.clock.index - 1,
+            loss=loss,
+            terms={name: term.item() for name, term in terms.items()},
+            images_per_second=self.clock.images_per_second,
+            seconds=self.clock.seconds,
+            progress=self.clock.progress,
+            autoencoder=self.models["ema"],
+        )
 
 
-def _check_checkpoint(path, saved, models: dict, optimizers: list) -> None:
+def check_accelerator(accelerator) -> None:
+    """Raise ValueError for several processes or fp16."""
+    if accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            'the training needs one process and mixed precision "bf16" or "no", '
+            f'not {accelerator.num_processes} processes and "{accelerator.mixed_precision}"'
+        )
+
+
+def check_checkpoint(path, saved, models: dict, optimizers: list) -> None:
     """Raise ValueError unless a checkpoint has the same networks and as many optimizers."""
     saved_models = saved.get("models", {}) if isinstance(saved, dict) else {}
     if not {"autoencoder", "ema"} <= saved_models.keys():
@@ -283,20 +259,25 @@ def _check_checkpoint(path, saved, models: dict, optimizers: list) -> None:
         )
 
 
-def _optimizer_step(accelerator, loss, weights, optimizers, clip: float) -> None:
-    """Compute the gradient of the loss, clip its norm to `clip` and step every optimizer.
+def train_autoencoder(autoencoder, loader, **options) -> Iterator[AutoencoderStep]:
+    """Train an autoencoder and yield every step.
 
-    Raises FloatingPointError if the norm is not finite.
+    The training ends after `steps` steps or `minutes` minutes, whichever comes first. What the
+    caller does between two steps does not count as training time. Training runs in one process, in
+    full precision or bfloat16. A finished training yields no step; its result is in the checkpoint,
+    under ["models"]["ema"].
+
+    autoencoder: an Autoencoder; its weights are trained in place.
+    loader: (images uint8 [B, C, H, W], captions) batches; it is iterated over repeatedly.
+    options: the fields of AutoencoderOptions and of its groups in options.py, such as steps=1000,
+        learning_rate=1e-3, structure=0.3.
+
+    Raises TypeError for an unknown option; ValueError if the checkpoint belongs to another network
+    or to other optimizers, if the loader yields no batch, and for steps, minutes or an accelerator
+    out of range; FloatingPointError if the loss or the gradient is not finite.
     """
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(weights, clip)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(
-            f"the norm of the gradient is {float(norm)}; try a lower learning rate"
-        )
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    options = replace_options(AutoencoderOptions(), **options)
+    yield from AutoencoderTrainer(autoencoder, loader, options).run()
 
 
 @torch.no_grad()

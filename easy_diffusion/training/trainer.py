@@ -1,32 +1,21 @@
-"""The training loop, as a generator: it yields every step, and the caller logs, samples or stops.
+"""The training loop, made robust. It yields every step, and the caller logs, samples or stops.
 
-Each step takes a batch x_0, draws a timestep t for each image and noise eps, forms
+The step is that of simple.py, algorithm 1 of Ho et al. 2020. Read that file first. This one adds
+what a long training needs, each in a file of its own:
 
-    x_t = alpha_t x_0 + sigma_t eps,
-
-and descends the gradient of the loss of the network's prediction (Ho et al. 2020, algorithm 1). The
-loop adds what a long training needs:
-
-    caption dropout      Some captions become "", so that the network also learns the unconditional
-                         prediction for classifier-free guidance (Ho & Salimans 2022, algorithm 1).
-    EMA                  An average of the weights, from which one samples (ema.py).
-    learning rate        It rises during the first steps (warm-up) and falls to zero at the end.
+    learning rate        It rises during the first steps and falls to zero at the end (clock.py).
     AdamW, then SGD      When the loss has plateaued, SGD with a tiny learning rate fine-tunes.
-    micro-batches        A batch that is too large for the memory is split; the gradients add up.
+    micro-batches        A batch too large for the memory is split; gradients add up (memory.py).
     training health      Steps that are not finite, or spikes, are skipped (health.py).
     checkpoints          A killed run resumes at its last checkpoint (checkpoint.py).
+    several processes    They learn what one learns with a larger batch (distributed.py).
 
-Randomness. All random numbers of step i follow from (seed, i): timesteps, dropped captions, noise,
-and dropout inside the network. With a loader of `make_loader` a run that was killed therefore ends
-with the weights of an unbroken run: on a CPU bit for bit, unless its length is given in minutes.
-
-Several processes. Timesteps, dropped captions and, on a CPU, noise are drawn for the batches of all
-processes, and each process takes its part. Two processes thus learn what one process learns with a
-batch twice as large. On a GPU the noise of each process has a seed of its own.
+With a loader of `make_loader` a run that was killed ends with the weights of an unbroken run: on a
+CPU bit for bit, unless its length is given in minutes; see draws.py.
 
 accelerate handles the device, the precision and the communication. The file needs torch,
-accelerate, the folders diffusion/ and networks/ and, beside it, checkpoint.py, data_loader.py,
-distributed.py, ema.py, health.py, memory.py, optimizers.py and progress.py.
+accelerate, the folders diffusion/ and networks/ and, beside it, all files that are named here and
+data_loader.py, draws.py, ema.py, loss_history.py, options.py and training_step.py.
 
 >>> from ..diffusion.gaussian import GaussianDiffusion
 >>> from ..diffusion.schedule import NoiseSchedule
@@ -42,25 +31,16 @@ distributed.py, ema.py, health.py, memory.py, optimizers.py and progress.py.
 
 import copy
 import math
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
-from ..diffusion.timesteps import uniform_timesteps
-from ..networks.weights_io import load_weights
-from .checkpoint import check_compatible, load_newest_checkpoint, save_or_warn
-from .data_loader import (
-    ResumableBatchSampler,
-    derive_seed,
-    fork_rng,
-    images_per_step,
-    infinite_batches,
-)
+from .checkpoint import load_training, save_training
+from .clock import TrainingClock
+from .data_loader import Batch, infinite_batches, normalize_pixels, prepare_loader, unpack_batch
 from .distributed import (
     any_rank,
     average_gradients,
@@ -70,396 +50,295 @@ from .distributed import (
     reduce_metrics,
     warn_on_main_process,
 )
+from .draws import StepDraws
 from .ema import update_ema
 from .health import TrainingHealth, explain_failure
-from .memory import OUT_OF_MEMORY, catch_out_of_memory
-from .optimizers import build_optimizers, clip_grad_norm, has_plateaued, set_learning_rates
-from .progress import TrainingClock
+from .loss_history import LossHistory
+from .memory import MicroBatches, catch_out_of_memory
+from .optimizers import OptimizerPhases, clip_grad_norm, compute_grad_norm
+from .options import TrainingOptions, replace_options
+from .training_step import TrainingStep
 
 
-class TrainingStep(NamedTuple):
-    """One training step, as `train` yields it.
+class BatchLosses(NamedTuple):
+    """Of each image of this process's batch, [B] each: its loss, its timestep, its loss weight."""
 
-    index: number of the step, from 0.
-    loss: mean over the batch, in all processes.
-    smooth_loss: exponential moving average of the losses of the steps taken.
-    learning_rate: of AdamW, or of SGD in the phase "sgd".
-    phase: "adamw" or "sgd".
-    images_per_second: in all processes, since the run started or resumed.
-    seconds: training time so far, without the caller's time.
-    progress: from 0 to 1.
-    network, encoder: the ones with the EMA weights, in eval mode; encoder is None if not trained.
-    quartiles: the smoothed loss of the timesteps in each quarter of the schedule, the least noise
-        first; nan: no timestep drawn yet. They show which part of a constant loss still falls
-        (Nichol & Dhariwal 2021).
-    gradient_norm: before clipping.
-    skipped: number of skipped steps so far.
-    note: what a log should record about the step; "" for most steps.
+    losses: torch.Tensor
+    t: torch.Tensor
+    weights: torch.Tensor
+
+
+class Trainer:
+    """A network, its EMA, its optimizers, and everything else that a checkpoint holds.
+
+    network, diffusion, loader, encoder: see `train`.
+    options: TrainingOptions.
+
+    `run` is the loop; the methods after it are its parts, in the order in which it calls them.
     """
 
-    index: int
-    loss: float
-    smooth_loss: float
-    learning_rate: float
-    phase: str
-    images_per_second: float
-    seconds: float
-    progress: float
-    network: torch.nn.Module
-    encoder: torch.nn.Module | None
-    quartiles: tuple[float, float, float, float]
-    gradient_norm: float = math.nan
-    skipped: int = 0
-    note: str = ""
+    def __init__(self, network, diffusion, loader, encoder, options: TrainingOptions):
+        self.options = options
+        self.diffusion = diffusion
+        self.network = torch.compile(network) if options.compile else network
+        self.encoder = encoder
+
+        # Device, processes and precision. Only with fp16 does the scaler do anything.
+        self.accelerator = options.accelerator or default_accelerator()
+        self.device = self.accelerator.device
+        self.world_size = self.accelerator.num_processes
+        self.scaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)
+        self.loader = prepare_loader(self.accelerator, loader)
+
+        # Models, their EMA, optimizers.
+        modules = {"network": network} | ({} if encoder is None else {"encoder": encoder})
+        self.models = torch.nn.ModuleDict(modules).to(self.device)
+        broadcast_parameters(self.accelerator, self.models)
+        self.ema_models = copy.deepcopy(self.models).requires_grad_(False).eval()
+        self.parameters = [weight for weight in self.models.parameters() if weight.requires_grad]
+        self.optimizers = OptimizerPhases(self.parameters, options.optimizer, options.plateau)
+
+        # What draws, counts and judges.
+        schedule, safety = options.schedule, options.safety
+        self.draws = StepDraws(
+            options.timesteps, len(diffusion), options.caption_dropout, options.seed,
+            getattr(encoder, "uncond", ""), self.device,
+            self.accelerator.process_index, self.world_size,
+        )
+        self.clock = TrainingClock(schedule.steps, schedule.minutes, safety.save_seconds)
+        self.history = LossHistory()
+        self.health = TrainingHealth(self.ema_models, safety.patience, spike=safety.spike)
+        self.micro_batches = MicroBatches(options.micro_batches)
+        self.note = ""                      # of the current step
+
+    def run(self) -> Iterator[TrainingStep]:
+        """Train until the steps or the minutes are over; yield every step."""
+        first_index = self.restore()
+        batches = infinite_batches(self.loader, first_index, self.draws.rank, self.world_size)
+        while self.clock.progress < 1:
+            # The losses of a batch, and the gradient of their mean.
+            self.note = ""
+            batch = unpack_batch(next(batches))
+            losses = self.compute_loss_and_gradients(batch)
+            loss, norm, seconds = self.reduce(losses)
+
+            # The optimizer step and the EMA, unless the step is bad.
+            phase = self.optimizers.phase
+            learning_rate = self.set_learning_rates()
+            reason = self.check_health(loss, norm)
+            if reason:
+                self.skip(reason, loss, norm)
+            else:
+                self.update(losses, loss, norm)
+
+            # Time, plateau, checkpoint. The caller's time is not training time.
+            self.clock.tick(self.world_size * len(batch.images), seconds)
+            self.check_plateau()
+            self.save_if_due()
+            with self.clock.paused():
+                yield self.describe_step(phase, learning_rate, loss, norm)
+        self.finish(first_index)
+
+    # ------------------------------------------------------------ the start
+
+    def restore(self) -> int:
+        """Load the checkpoint, if there is one; return the index of the first step."""
+        path = self.options.safety.checkpoint
+        self.clock.start()
+        if path is not None and Path(path).exists():
+            load_training(self)
+        check_same_step(self.accelerator, path, self.clock.index)
+        return self.clock.index
+
+    # ------------------------------------------------------------ the losses and the gradients
+
+    def compute_loss_and_gradients(self, batch: Batch) -> BatchLosses:
+        """Leave the gradient of the mean loss in the parameters, averaged over all processes.
+
+        If any process runs out of memory, all repeat the step with twice as many micro-batches.
+        """
+        self.models.train()
+        losses = catch_out_of_memory(self.backpropagate, batch)
+        while any_rank(self.accelerator, losses is None):
+            self.warn(self.micro_batches.double(self.clock.index, len(batch.images)))
+            losses = catch_out_of_memory(self.backpropagate, batch)
+        average_gradients(self.accelerator, self.parameters)
+        return losses
+
+    def backpropagate(self, batch: Batch) -> BatchLosses:
+        """Add up the gradients of the micro-batches of this process's batch."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        t, captions = self.draws.timesteps_and_captions(self.clock.index, batch)
+        weights = torch.ones(len(t), device=self.device)
+        if hasattr(self.options.timesteps, "weights"):
+            weights = self.options.timesteps.weights(t).to(self.device)
+
+        losses = []
+        with self.draws.fork_rng(self.clock.index):
+            for part in self.micro_batches.slices(len(t)):
+                extras = {name: extra[part] for name, extra in batch.extras.items()}
+                loss = self.compute_losses(batch.images[part], captions[part], extras, t[part])
+                # 1 / B, not 1 / M, so that the gradients of the micro-batches add up to the mean.
+                mean_loss = (loss * weights[part].to(loss)).sum() / len(t)
+                self.scaler.scale(mean_loss).backward()
+                losses.append(loss.detach())
+        return BatchLosses(torch.cat(losses), t, weights)
+
+    def compute_losses(self, images, captions, extras, t) -> torch.Tensor:
+        """Return the loss of each of M images, [M], with a graph for its gradient."""
+        x0 = self.to_device(images).float()                                     # [M, C, H, W]
+        extras = {name: self.to_device(extra) for name, extra in extras.items()}
+        context = mask = None
+        with self.accelerator.autocast():
+            if self.encoder is not None:
+                context, mask = self.encoder(captions)                          # [M, L, D], [M, L]
+            with_extras = partial(self.network, **extras)
+            return self.diffusion.loss(with_extras, x0, t, context, mask, self.draws.generator)
+
+    def to_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Move a tensor of a batch to the device; pixels become [-1, 1]."""
+        return normalize_pixels(values.to(self.device, non_blocking=True))
+
+    def reduce(self, losses: BatchLosses) -> tuple[float, float, float | None]:
+        """Return loss, gradient norm and the time: those of all processes.
+
+        The time is None with one process, which takes it at the end of the step.
+        """
+        for optimizer in self.optimizers.current:
+            self.scaler.unscale_(optimizer)
+        norm = compute_grad_norm(self.parameters)
+        mean_loss = (losses.losses * losses.weights).mean()
+        loss, norm, seconds = reduce_metrics(self.accelerator, mean_loss, norm, self.clock.now())
+        return loss, norm, seconds if self.world_size > 1 else None
+
+    # ------------------------------------------------------------ the optimizer step
+
+    def set_learning_rates(self) -> float:
+        """Set the learning rates of this step; return that of the phase's first optimizer."""
+        schedule = self.options.schedule
+        lr_multiplier = self.clock.lr_multiplier(schedule.warmup, schedule.decay)
+        return self.optimizers.set_learning_rates(lr_multiplier, self.health.lr_scale)
+
+    def check_health(self, loss: float, norm: float) -> str:
+        """Return why the step is bad; "" for a good step."""
+        return self.health.check(loss, norm, self.history.losses)
+
+    def update(self, losses: BatchLosses, loss: float, norm: float) -> None:
+        """Take the step: clip the gradient, step the optimizers, update the EMA and the records."""
+        options = self.options
+        index = self.clock.index
+        clip_grad_norm(self.parameters, norm, options.optimizer.clip)
+        for optimizer in self.optimizers.current:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        update_ema(self.ema_models, self.models, index, options.optimizer.ema)
+
+        self.history.update(loss, losses.losses, losses.t, len(self.diffusion))
+        if hasattr(options.timesteps, "update"):
+            gather = self.accelerator.gather
+            options.timesteps.update(gather(losses.t), gather(losses.losses))
+        self.health.step_taken(index, self.ema_models, self.history.losses)
+
+    def skip(self, reason: str, loss: float, norm: float) -> None:
+        """Leave weights and optimizers as they are; after several bad steps in a row, roll back."""
+        index = self.clock.index
+        overflow = math.isfinite(loss) and not math.isfinite(norm) and self.scaler.get_scale() > 1
+        self.scaler.update()
+        if overflow:                        # of fp16: update() has lowered the scale
+            self.health.skipped += 1
+            return
+        message = f"step {index} is skipped: {reason}"
+        if self.health.step_skipped(f"{reason} at step {index}", index):
+            message = f"{message}; {self.roll_back()}"
+        self.warn(message)
+
+    def roll_back(self) -> str:
+        """Return to earlier EMA weights; return a sentence that says so."""
+        adamw = [optimizer for optimizer, _ in self.optimizers.adamw]
+        message = ""
+        if self.history.losses:             # otherwise no step has ever been good
+            message = self.health.roll_back(self.models, self.ema_models, adamw)
+        if not message:
+            self.give_up()
+        return message
+
+    def give_up(self) -> None:
+        """Raise FloatingPointError with the reason for the bad steps and what may help."""
+        checkpoint = self.options.safety.checkpoint
+        message = explain_failure(self.health, self.optimizers.adamw, checkpoint)
+        raise FloatingPointError(message)
+
+    # ------------------------------------------------------------ the end of a step, and of the run
+
+    def check_plateau(self) -> None:
+        """Change from AdamW to SGD if the loss has plateaued."""
+        note = self.optimizers.check_plateau(self.history.losses, self.clock.index)
+        self.note = note or self.note
+
+    def save_if_due(self) -> None:
+        """Save after `save_seconds`, but not between a bad step and the next good one."""
+        if not self.health.unhealthy and self.clock.is_save_due():
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint in the main process; warn if the disk refuses it."""
+        if self.options.safety.checkpoint is not None and self.accelerator.is_main_process:
+            self.warn(save_training(self))
+
+    def warn(self, message: str) -> None:
+        """Warn in the main process, and note it in the step; "" changes nothing."""
+        self.note = warn_on_main_process(self.accelerator, message) or self.note
+
+    def describe_step(
+        self, phase: str, learning_rate: float, loss: float, norm: float
+    ) -> TrainingStep:
+        """Return what `run` yields; phase, learning_rate: of the step, not of the next one."""
+        return TrainingStep(
+            index=self.clock.index - 1,
+            loss=loss,
+            smooth_loss=self.history.smooth_loss,
+            learning_rate=learning_rate,
+            phase=phase,
+            images_per_second=self.clock.images_per_second,
+            seconds=self.clock.seconds,
+            progress=self.clock.progress,
+            ema_network=self.ema_models["network"],
+            ema_encoder=self.ema_models["encoder"] if self.encoder is not None else None,
+            quartiles=self.history.quartile_losses,
+            gradient_norm=norm,
+            skipped=self.health.skipped,
+            note=self.note,
+        )
+
+    def finish(self, first_index: int) -> None:
+        """Write the last checkpoint, unless no step was taken; wait for the other processes."""
+        if not self.history.losses and self.health.reason:
+            self.give_up()
+        if self.clock.index > first_index:
+            self.save()
+        self.accelerator.wait_for_everyone()
 
 
-def update_quartile_losses(
-    smoothed: tuple[float, ...], losses: torch.Tensor, t: torch.Tensor, num_timesteps: int
-) -> tuple[float, ...]:
-    """Update the smoothed loss of each quarter of the schedule.
-
-    smoothed: the four values before this step; nan for a quarter without losses so far.
-    losses: of each image, [B].
-    t: the images' timesteps, [B]: int64 below num_timesteps, or float in [0, 1].
-
-    Each value moves by 1/50 towards the mean of the new losses in its quarter.
-    """
-    fractions = t if t.is_floating_point() else t / num_timesteps
-    quarters = [min(int(4 * fraction), 3) for fraction in fractions.tolist()]
-    losses = losses.tolist()
-    updated = []
-    for quarter, value in enumerate(smoothed):
-        new = [loss for loss, q in zip(losses, quarters) if q == quarter]
-        mean = statistics.fmean(new) if new else value
-        updated.append(mean if math.isnan(value) else value + (mean - value) / 50)
-    return tuple(updated)
-
-
-def train(
-    network,
-    diffusion,
-    loader,
-    encoder=None,
-    *,
-    steps: int = 100_000,
-    minutes: float | None = None,
-    learning_rate: float = 1e-4,
-    muon_learning_rate: float | None = None,
-    sgd_learning_rate: float = 1e-6,
-    window: int = 2000,
-    plateaued: Callable[[list[float], int], bool] = has_plateaued,
-    phase: str = "adamw",
-    warmup: int = 100,
-    decay: float = 0.4,
-    weight_decay: float = 0.01,
-    ema: float = 0.999,
-    caption_dropout: float = 0.1,
-    clip: float = 1.0,
-    timesteps=uniform_timesteps,
-    micro_batches: int = 1,
-    compile: bool = False,
-    patience: int = 5,
-    spike: float = 20.0,
-    seed: int = 0,
-    checkpoint=None,
-    keep: int = 2,
-    save_seconds: float = 30,
-    accelerator: Accelerator | None = None,
-) -> Iterator[TrainingStep]:
+def train(network, diffusion, loader, encoder=None, **options) -> Iterator[TrainingStep]:
     """Train a network until `steps` steps or `minutes` minutes are over; yield every step.
 
-    Model and data:
-
-    network: maps (x_t, t, context, mask) to a tensor; trained in place.
+    network: maps (x_t, t, context, mask, **extras) to a tensor; trained in place.
     diffusion: has `loss`, `prediction_type` and a length T, such as GaussianDiffusion.
-    loader: batches (images, captions): images uint8 [B, C, H, W], or latents float [B, Z, h, w];
-        captions list[str]. A loader of `make_loader` resumes at the right batch and gives each of
-        several processes its part.
-    encoder: captions → (context [B, L, D], mask [B, L]); if given, trained with the network.
-    caption_dropout: fraction of the captions that become "".
-    timesteps: function (batch, T, generator) → t [batch], int64 or, for continuous time, float in
-        [0, 1]. If it has the methods `weights` and `update`, it also weights the losses.
+    loader: batches (images, captions) or (images, captions, extras): images uint8 [B, C, H, W], or
+        latents float [B, Z, h, w]; a list of B captions; extras: a dict of tensors [B, ...], which
+        reach the network as keyword arguments, those of pixels (uint8) as floats in [-1, 1]. A
+        loader of `make_loader` resumes at the right batch and gives each of several processes its
+        part.
+    encoder: captions → (context [B, L, D], mask [B, L]); if given, trained with the network. Its
+        attribute `uncond` is the caption that replaces dropped ones; without it, that is "".
+    options: the fields of TrainingOptions and of its groups in options.py, such as steps=1000,
+        learning_rate=1e-3, checkpoint="model.safetensors".
 
-    Optimization:
-
-    steps, minutes: length of the run, whichever ends first; the caller's time is not counted.
-    learning_rate: AdamW's peak learning rate.
-    muon_learning_rate: if given, Muon trains the matrices with this peak, AdamW the rest.
-    sgd_learning_rate: SGD's learning rate, constant.
-    phase: "adamw" or "sgd": the optimizer to start with.
-    plateaued: function (losses, window) → bool. It is called every 100 steps; once it is True, SGD
-        replaces AdamW and Muon.
-    window: number of steps in each window of that test; also of the loss that selects path.best.
-    warmup: number of steps during which the learning rate rises.
-    decay: fraction of the run, at its end, during which AdamW's learning rate falls to zero.
-    weight_decay: of AdamW and Muon.
-    ema: upper limit of the decay of the averaged weights.
-    clip: maximum norm of the gradient.
-    micro_batches: number of parts into which a batch is split, to save memory.
-    compile: whether the network is compiled with torch.compile.
-    accelerator: for the device, the precision and the processes; default: `default_accelerator`.
-    seed: of all random numbers.
-
-    Safety:
-
-    patience: number of bad steps in a row before a roll-back, see TrainingHealth.
-    spike: how far above the recent losses a loss is a spike, see TrainingHealth.
-    checkpoint: path of the checkpoint. If the file exists, the run resumes from it.
-    save_seconds: training time between two checkpoints; one is also written at the end.
-    keep: number of checkpoints to keep, see `save_checkpoint`; with 2 or more also path.best.
-
-    Raises ValueError for an incompatible checkpoint, an empty loader, or no steps or time;
-    FloatingPointError if the losses do not become finite again; torch.OutOfMemoryError if a batch
-    does not fit in twice as many micro-batches either.
+    Raises TypeError for an unknown option; ValueError for an incompatible checkpoint, an empty
+    loader, a batch of another form, or no steps or time; FloatingPointError if the losses do not
+    become finite again; torch.OutOfMemoryError if a batch does not fit in twice as many
+    micro-batches either.
     """
-    # Models, their EMA, and optimizers.
-    clock = TrainingClock(steps, minutes, save_seconds)
-    accelerator = accelerator or default_accelerator()
-    device = accelerator.device
-    rank = accelerator.process_index
-    world_size = accelerator.num_processes
-    scaler = accelerator.scaler             # scales the loss with fp16; otherwise None
-    models = torch.nn.ModuleDict({"network": network})
-    if encoder is not None:
-        models["encoder"] = encoder
-    models.to(device)
-    broadcast_parameters(accelerator, models)
-    ema_models = copy.deepcopy(models).requires_grad_(False).eval()
-    ema_network = ema_models["network"]
-    ema_encoder = ema_models["encoder"] if encoder is not None else None
-    forward = torch.compile(network) if compile else network
-    parameters = [parameter for parameter in models.parameters() if parameter.requires_grad]
-    adamw = build_optimizers(parameters, learning_rate, muon_learning_rate, weight_decay)
-    # SGD without momentum has no state, so it need not be saved.
-    sgd = [(torch.optim.SGD(parameters, sgd_learning_rate), sgd_learning_rate)]
-    if isinstance(loader, DataLoader):
-        if not isinstance(loader.batch_sampler, ResumableBatchSampler):
-            loader = accelerator.prepare(loader)
-    generator = torch.Generator(device)
-
-    # The state that a checkpoint must hold.
-    health = TrainingHealth(ema_models, patience, spike=spike)
-    stateful = {"health": health, "scaler": scaler, "timesteps": timesteps}
-    stateful = {name: part for name, part in stateful.items() if hasattr(part, "state_dict")}
-    step_images = images_per_step(loader, world_size)
-    losses = []                             # of all steps taken
-    smooth_loss = math.nan
-    quartile_losses = (math.nan,) * 4
-    lowest_loss = math.inf                  # the lowest mean of `window` losses
-    micro_batches_doubled = False           # whether the memory has run out before
-
-    if checkpoint is not None and Path(checkpoint).exists():
-        saved = load_newest_checkpoint(checkpoint)
-        check_compatible(checkpoint, saved, adamw, diffusion.prediction_type, step_images)
-        load_weights(models, saved["models"])
-        load_weights(ema_models, saved["ema"])
-        for (optimizer, _), state in zip(adamw, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        for name in stateful.keys() & saved.keys():
-            stateful[name].load_state_dict(saved[name])
-        phase = saved["phase"]
-        losses = saved["losses"]
-        smooth_loss = saved["smooth_loss"]
-        quartile_losses = saved["quartile_losses"]
-        lowest_loss = saved["lowest_loss"]
-        if saved["micro_batches_doubled"]:
-            # If the caller asks for more micro-batches than were saved, they may double once more.
-            micro_batches_doubled = micro_batches <= saved["micro_batches"]
-            micro_batches = max(micro_batches, saved["micro_batches"])
-        clock.start(saved["index"], saved["seconds"])
-    check_same_step(accelerator, checkpoint, clock.index)
-
-    def save() -> str:
-        """Write the checkpoint; return a warning if the disk refused it."""
-        nonlocal lowest_loss
-        if checkpoint is None or not accelerator.is_main_process:
-            return ""
-        window_loss = statistics.fmean(losses[-window:]) if losses else math.inf
-        tree = {
-            "models": models.state_dict(),
-            "ema": ema_models.state_dict(),
-            "index": clock.index,
-            "phase": phase,
-            "losses": losses,
-            "optimizers": [optimizer.state_dict() for optimizer, _ in adamw],
-            "seconds": clock.seconds,
-            "progress": clock.progress,
-            "prediction_type": diffusion.prediction_type,
-            "smooth_loss": smooth_loss,
-            "quartile_losses": quartile_losses,
-            "lowest_loss": min(window_loss, lowest_loss),
-            "micro_batches": micro_batches,
-            "micro_batches_doubled": micro_batches_doubled,
-            "images_per_step": step_images,
-        }
-        tree |= {name: part.state_dict() for name, part in stateful.items()}
-        warning = save_or_warn(checkpoint, tree, keep, best=window_loss < lowest_loss)
-        if not warning:
-            lowest_loss = min(window_loss, lowest_loss)
-        return warning
-
-    def compute_gradients(images, captions):
-        """Leave the gradient of the batch's mean loss in the parameters.
-
-        Returns the loss of each image, its timestep and its loss weight, [B] each.
-        """
-        for parameter in parameters:
-            parameter.grad = None
-
-        # Timesteps and dropped captions of all processes, of which this one takes its part.
-        generator.manual_seed(derive_seed(seed, clock.index))
-        count = len(images)
-        own_part = slice(rank * count, (rank + 1) * count)
-        with fork_rng(derive_seed(seed, clock.index)):
-            t = timesteps(count * world_size, len(diffusion), generator)[own_part]      # [B]
-        dropped = torch.rand(count * world_size, generator=generator, device=device)[own_part]
-        dropped = dropped < caption_dropout
-        if encoder is not None:
-            captions = ["" if drop else text for drop, text in zip(dropped.tolist(), captions)]
-        if hasattr(timesteps, "weights"):
-            loss_weights = timesteps.weights(t).to(device)
-        else:
-            loss_weights = torch.ones(count, device=device)
-
-        # The noise: on a CPU, skip that of the processes before; on a GPU, use a seed of its own.
-        if device.type == "cpu":
-            torch.randn(rank * count, *images.shape[1:], generator=generator)
-        else:
-            generator.manual_seed(derive_seed(seed, clock.index, rank))
-
-        image_losses = []
-        context = None
-        mask = None
-        size = math.ceil(count / micro_batches)
-        with fork_rng(derive_seed(seed, clock.index, rank)):
-            for start in range(0, count, size):
-                part = slice(start, start + size)
-                x0 = images[part].to(device, non_blocking=True).float()     # [M, C, H, W]
-                if images.dtype == torch.uint8:     # otherwise these are latents
-                    x0 = x0 / 127.5 - 1
-                with accelerator.autocast():
-                    if encoder is not None:
-                        context, mask = encoder(captions[part])             # [M, L, D], [M, L]
-                    loss = diffusion.loss(forward, x0, t[part], context, mask, generator)   # [M]
-                # 1 / B, not 1 / M, so that the gradients of the micro-batches add up to the mean.
-                mean_loss = (loss * loss_weights[part].to(x0)).sum() / count
-                if scaler is not None:
-                    mean_loss = scaler.scale(mean_loss)
-                mean_loss.backward()
-                image_losses.append(loss.detach())
-        return torch.cat(image_losses), t, loss_weights
-
-    first_index = clock.index
-    batches = infinite_batches(loader, clock.index, rank, world_size)
-    while clock.progress < 1:
-        images, captions = next(batches)
-        index = clock.index
-        step_phase = phase
-        note = ""
-        models.train()
-
-        # Gradients, with twice as many micro-batches if any process runs out of memory.
-        result = catch_out_of_memory(compute_gradients, images, captions)
-        while any_rank(accelerator, result is None):
-            if micro_batches_doubled:
-                raise torch.OutOfMemoryError(
-                    f"{OUT_OF_MEMORY} at step {index} with {micro_batches} micro-batches, too: "
-                    "use a smaller batch"
-                )
-            micro_batches *= 2
-            micro_batches_doubled = True
-            note = warn_on_main_process(
-                accelerator,
-                f"{OUT_OF_MEMORY} at step {index}; from now on each batch of {len(images)} images "
-                f"is split into {micro_batches} micro-batches, whose gradients add up",
-            )
-            result = catch_out_of_memory(compute_gradients, images, captions)
-        image_losses, t, loss_weights = result
-        average_gradients(accelerator, parameters)
-
-        # Loss, gradient norm and learning rates.
-        optimizers = adamw if phase == "adamw" else sgd
-        if scaler is not None:
-            for optimizer, _ in optimizers:
-                scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm(
-            [parameter.grad for parameter in parameters if parameter.grad is not None]
-        )
-        mean_loss = (image_losses * loss_weights).mean()
-        loss, norm, seconds = reduce_metrics(accelerator, mean_loss, norm, clock.now())
-        set_learning_rates(adamw, clock.lr_multiplier(warmup, decay) * health.lr_scale)
-        set_learning_rates(sgd, health.lr_scale)
-
-        reason = health.check(loss, norm, losses)
-        fp16_overflow = (
-            scaler is not None
-            and math.isfinite(loss)
-            and not math.isfinite(norm)
-            and scaler.get_scale() > 1
-        )
-        if not reason:                      # take the step
-            clip_grad_norm(parameters, norm, clip)
-            for optimizer, _ in optimizers:
-                if scaler is None:
-                    optimizer.step()
-                else:
-                    scaler.step(optimizer)
-            update_ema(ema_models, models, index, ema)
-            losses.append(loss)
-            smooth_loss = loss if math.isnan(smooth_loss) else 0.98 * smooth_loss + 0.02 * loss
-            quartile_losses = update_quartile_losses(
-                quartile_losses, image_losses, t, len(diffusion)
-            )
-            if hasattr(timesteps, "update"):
-                timesteps.update(accelerator.gather(t), accelerator.gather(image_losses))
-            health.step_taken(index, ema_models, losses)
-        elif fp16_overflow:                 # skip it; scaler.update() below lowers the scale
-            health.skipped += 1
-        else:                               # skip it, and roll back after several in a row
-            note = f"step {index} is skipped: {reason}"
-            if health.step_skipped(f"{reason} at step {index}", index):
-                rolled_back = ""
-                if losses:                  # otherwise no step has ever been good
-                    rolled_back = health.roll_back(
-                        models, ema_models, [optimizer for optimizer, _ in adamw]
-                    )
-                if not rolled_back:
-                    raise FloatingPointError(explain_failure(health, adamw, checkpoint))
-                note = f"{note}; {patience} bad steps in a row: {rolled_back}"
-            warn_on_main_process(accelerator, note)
-        if scaler is not None:
-            scaler.update()
-
-        # The end of the step: time, plateau, checkpoint.
-        clock.tick(len(images) * world_size, seconds if world_size > 1 else None)
-        if phase == "adamw" and clock.index % 100 == 0 and plateaued(losses, window):
-            phase = "sgd"
-            note = (
-                f"training has plateaued after step {index}: "
-                f"SGD at {sgd_learning_rate:g} takes over from AdamW"
-            )
-        if not health.unhealthy and clock.is_save_due():
-            note = warn_on_main_process(accelerator, save()) or note
-        with clock.paused():                # the caller's time is not training time
-            yield TrainingStep(
-                index=index,
-                loss=loss,
-                smooth_loss=smooth_loss,
-                learning_rate=optimizers[0][0].param_groups[0]["lr"],
-                phase=step_phase,
-                images_per_second=clock.images_per_second,
-                seconds=clock.seconds,
-                progress=clock.progress,
-                network=ema_network,
-                encoder=ema_encoder,
-                quartiles=quartile_losses,
-                gradient_norm=norm,
-                skipped=health.skipped,
-                note=note,
-            )
-
-    if not losses and health.reason:
-        raise FloatingPointError(explain_failure(health, adamw, checkpoint))
-    if clock.index > first_index:
-        warn_on_main_process(accelerator, save())
-    accelerator.wait_for_everyone()
+    options = replace_options(TrainingOptions(), **options)
+    yield from Trainer(network, diffusion, loader, encoder, options).run()

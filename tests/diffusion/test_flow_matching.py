@@ -86,7 +86,7 @@ def test_invalid_arguments_are_named():
         next(flow_euler(None))
     with pytest.raises(ValueError, match="torch.int64: train with timesteps=logit_normal_time"):
         FLOW.loss(identity, torch.zeros(2, 3, 4, 4), torch.tensor([3, 500]))
-    with pytest.raises(ValueError, match=r"output has shape \(2, 6, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"not \(2, 6, 4, 4\)"):
         FLOW.loss(six_channels, torch.zeros(2, 3, 4, 4), torch.tensor([0.1, 0.5]))
 
 

@@ -4,7 +4,7 @@ from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from easy_diffusion.diffusion.gaussian import GaussianDiffusion
-from easy_diffusion.diffusion.guidance import clipped, guided
+from easy_diffusion.diffusion.guidance import clipped, concat_contexts, guided
 from easy_diffusion.diffusion.prediction import Prediction
 from easy_diffusion.diffusion.samplers import ddim
 
@@ -87,3 +87,21 @@ def test_clipping_equals_diffusers(toy):
         x = scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
         torch.testing.assert_close(step.x, x, rtol=1e-6, atol=1e-6)
         assert step.x0.abs().max() <= 1
+
+
+# ---------------------------------------------------------------- two contexts in one batch
+
+
+def test_concatenated_contexts_are_padded_and_the_padding_is_masked():
+    long, short = torch.ones(2, 3, 4), torch.ones(1, 1, 4)
+    context, mask = concat_contexts(long, None, short, None, batch=2)
+    assert context.shape == (4, 3, 4)
+    assert mask.tolist() == [[True] * 3] * 2 + [[True, False, False]] * 2
+    same_length = torch.ones(1, 3, 4)
+    _, mask = concat_contexts(same_length, None, same_length, None, batch=1)
+    assert mask is None
+
+
+def test_a_wrong_number_of_contexts_is_named():
+    with pytest.raises(ValueError, match="2 captions for 4"):
+        concat_contexts(torch.zeros(2, 1, 4), None, torch.zeros(1, 1, 4), None, 4)

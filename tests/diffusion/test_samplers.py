@@ -354,6 +354,36 @@ def test_a_new_sampler_is_a_step_function_for_the_sampling_loop(toy):
         torch.testing.assert_close(step_ours.x, step_ddim.x, rtol=0, atol=1e-12)
 
 
+def euler_ancestral_step(schedule, prediction, x_t, t, s, z):
+    """Euler's method for x̄ = x / alpha down to σ̄_down, then noise up to σ̄_s (Karras's σ̄)."""
+    alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
+    sigma_t = (1 / alpha_bar_t - 1) ** 0.5  # σ̄_t = sigma_t / alpha_t
+    sigma_s = (1 / alpha_bar_s - 1) ** 0.5  # σ̄_s
+    sigma_down = sigma_s**2 / sigma_t
+    sigma_up = (sigma_s**2 - sigma_down**2) ** 0.5
+    x_bar = x_t / alpha_bar_t**0.5
+    slope = (x_bar - prediction.x0) / sigma_t
+    return alpha_bar_s**0.5 * (x_bar + (sigma_down - sigma_t) * slope + sigma_up * z)
+
+
+@both_schedules
+@pytest.mark.parametrize("steps", [1, 13, 50])
+def test_euler_ancestral_as_a_step_function_is_ddim_with_eta_1(toy, schedule, steps):
+    # The cosine schedule ends with σ̄ in the thousands, where x̄ loses three digits to rounding.
+    timesteps = spaced_timesteps(960, steps)
+    denoise = GaussianDiffusion(schedule, "v").denoiser(toy)
+    ours = sampling_loop(
+        euler_ancestral_step, denoise, schedule, timesteps, x_T=make_x_T(),
+        generator=torch.Generator().manual_seed(5),
+    )
+    expected = ddim(
+        denoise, schedule, spacing=timesteps, eta=1.0, x_T=make_x_T(),
+        generator=torch.Generator().manual_seed(5),
+    )
+    for step_ours, step_ddim in zip(ours, expected, strict=True):
+        torch.testing.assert_close(step_ours.x, step_ddim.x, rtol=0, atol=1e-12)
+
+
 def test_the_same_seed_gives_the_same_image(toy):
     schedule = NoiseSchedule.cosine(100)
 

@@ -308,7 +308,7 @@ def test_the_mask_covers_whole_latents_and_hides_all_masked_pixels(pipeline):
     change the network's input."""
     network, autoencoder = make_networks()
     inputs = []
-    network.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    network.conv_in.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     context = torch.zeros(1, 3, 24)
     for image, mask in (make_scene(64, 64), make_scene(90, 90), make_scene(30, 40)):
         for colour in (0, 255):

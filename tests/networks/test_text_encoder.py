@@ -33,6 +33,12 @@ def test_the_embedding_of_a_character_depends_on_its_neighbours(encoder):
     assert not torch.allclose(potato[1], soup[1], atol=1e-2)  # 土 at the same position
 
 
+def test_the_unconditional_caption_is_the_start_token_alone(encoder):
+    context, mask = encoder([encoder.uncond])
+    assert context.shape == (1, 1, 32)
+    assert mask.tolist() == [[True]]
+
+
 def test_an_unknown_character_is_named_once_and_still_encoded(encoder):
     with pytest.warns(UserWarning, match="鱼"):
         context, mask = encoder(["鱼汤"])

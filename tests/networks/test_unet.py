@@ -1,4 +1,7 @@
-"""UNet and its blocks against torch and diffusers; cached and batched calls change no output."""
+"""UNet and its blocks against torch and diffusers."""
+
+import inspect
+import json
 
 import pytest
 import torch
@@ -8,10 +11,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch.autograd.graph import saved_tensors_hooks
 
 from easy_diffusion.diffusion.gaussian import GaussianDiffusion
-from easy_diffusion.diffusion.guidance import batched_guidance, concat_contexts, guided
-from easy_diffusion.diffusion.prediction import Denoiser, Prediction
 from easy_diffusion.diffusion.schedule import NoiseSchedule
-from easy_diffusion.networks import blocks
 from easy_diffusion.networks.blocks import (
     Attention,
     ResidualBlock,
@@ -20,6 +20,7 @@ from easy_diffusion.networks.blocks import (
 )
 from easy_diffusion.networks.stable_diffusion_weights import save_stable_diffusion
 from easy_diffusion.networks.unet import UNet, masked_mean
+from easy_diffusion.networks.weights_io import check_settings
 
 
 def without_zeros(module):
@@ -34,13 +35,6 @@ def without_zeros(module):
 def small_unet(**options):
     """A UNet of two levels with a context of dimension 16."""
     return without_zeros(UNet(**dict(channels=(32, 64), context_dim=16) | options))
-
-
-def count_calls(module):
-    """A list that grows by one at each call of the module."""
-    calls = []
-    module.register_forward_hook(lambda *_: calls.append(1))
-    return calls
 
 
 # ---------------------------------------------------------------- blocks
@@ -73,40 +67,6 @@ def test_attention_equals_torch(context_dim):
     v = split(attention.to_v(source))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
     expected = attention.to_out(out.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, context, mask), expected, rtol=0, atol=1e-6)
-
-
-def test_large_images_take_the_fused_attention_with_the_same_result(monkeypatch):
-    torch.manual_seed(0)
-    attention = Attention(16, heads=2)
-    x = torch.randn(1, 600, 16)
-    fused = F.scaled_dot_product_attention
-    calls = []
-
-    def counted(*arguments, **options):
-        calls.append(1)
-        return fused(*arguments, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    out = attention(x)
-    assert calls
-
-    layers = (attention.to_q, attention.to_k, attention.to_v)
-    q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in layers)
-    weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
-    expected = attention.to_out((weights @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_attention_of_a_few_images_at_a_time_gives_the_same(masked, monkeypatch):
-    torch.manual_seed(0)
-    attention = Attention(16, 8, heads=2)
-    x = torch.randn(5, 12, 16)
-    context = torch.randn(5, 6, 8)
-    mask = torch.arange(6) < torch.tensor([[6], [1], [3], [2], [5]]) if masked else None
-    expected = attention(x, context, mask)
-    monkeypatch.setattr(blocks, "MAX_SCORES", 2 * 12 * 6 * 2)  # two images at a time
     torch.testing.assert_close(attention(x, context, mask), expected, rtol=0, atol=1e-6)
 
 
@@ -244,141 +204,30 @@ def test_the_first_versions_network_has_its_size():
         assert learned(x, t, context).shape == (2, 6, 128, 128)
 
 
-# ---------------------------------------------------------------- cached context, batched guidance
-
-# In each, the layer that first depends on the context is at another place.
-LAYOUTS = [
-    dict(attention=(False, True)),
-    dict(attention=(True, False)),
-    dict(pooled=True),
-    dict(patch=2),
-]
+# ---------------------------------------------------------------- one caption per image
 
 
-@pytest.mark.parametrize("options", LAYOUTS, ids=str)
-@pytest.mark.parametrize("captions", [1, 3])
-def test_a_cached_context_gives_the_same_output(options, captions):
-    network = small_unet(**options)
-    t = torch.tensor([3, 500, 700])
-    x = torch.randn(3, 3, 16, 16)
-    context = torch.randn(captions, 9, 16)
-    mask = torch.arange(9) < torch.randint(2, 7, (captions, 1))
-    cached = network.cache_context(context, mask)
-    # Tokens that are padding in all captions are left out.
-    assert len(cached[0].context[0]) == mask.any(0).sum() < 9
-    with torch.no_grad():
-        expected = network(x, t, context.expand(3, -1, -1), mask.expand(3, -1))
-        for _ in range(2):
-            torch.testing.assert_close(network(x, t, *cached), expected, rtol=0, atol=2e-5)
+@pytest.mark.parametrize("pooled", [True, False])
+def test_one_caption_serves_all_images_and_several_do_not_fit(pooled):
+    network = small_unet(pooled=pooled)
+    x, t = torch.randn(3, 3, 16, 16), torch.tensor([3, 500, 700])
+    context, mask = torch.randn(1, 4, 16), torch.tensor([[True, True, True, False]])
+    expected = network(x, t, context.expand(3, -1, -1), mask.expand(3, -1))
+    torch.testing.assert_close(network(x, t, context, mask), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="6 captions does not fit 3 images"):
+        network(x, t, torch.randn(6, 4, 16))
 
 
-def test_keys_are_computed_once_and_again_when_the_weights_change():
-    network = small_unet()
-    t = torch.tensor([5])
-    x = torch.randn(1, 3, 16, 16)
-    context = torch.randn(1, 4, 16)
-    to_k = network.middle[1].block.cross_attention.to_k
-    calls = count_calls(to_k)
-    cached = network.cache_context(context)
-    with torch.no_grad():
-        network(x, t, *cached)
-        network(x, t, *cached)
-        assert len(calls) == 1
-        to_k.weight.mul_(2)
-        expected = network(x, t, context)
-        torch.testing.assert_close(network(x, t, *cached), expected, rtol=0, atol=1e-5)
-
-    # With gradients, each call builds a graph of its own.
-    network(x, t, *cached).sum().backward()
-    network(x, t, *cached).sum().backward()
-    assert to_k.weight.grad.abs().max() > 0
-
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.isfinite(network(x, t, *cached)).all()
+# ---------------------------------------------------------------- settings
 
 
-def test_a_compiled_network_caches_a_context_and_notices_changed_weights():
-    network = without_zeros(UNet(channels=(32,), context_dim=16))
-    compiled = torch.compile(network, backend="eager")
-    x = torch.randn(1, 3, 8, 8)
-    t = torch.tensor([5])
-    context = torch.randn(1, 4, 16)
-    cached = compiled.cache_context(context)
-    with torch.no_grad():
-        for _ in range(2):
-            expected = network(x, t, context)
-            torch.testing.assert_close(compiled(x, t, *cached), expected, rtol=0, atol=1e-5)
-            network.middle[1].block.cross_attention.to_v.weight.mul_(2)
-
-
-@pytest.mark.parametrize("options", LAYOUTS, ids=str)
-def test_several_captions_an_image_are_computed_together_before_the_context(options):
-    network = small_unet(**options)
-    x = torch.randn(2, 3, 16, 16)
-    t = torch.tensor([3, 700])
-    context = torch.randn(6, 4, 16)
-    batch_sizes = []
-    network.conv_in.register_forward_hook(lambda _, x, __: batch_sizes.append(len(x[0])))
-    out = network(x, t, context)
-    assert batch_sizes == [2]
-    assert len(out) == 6
-    expected = network(x.repeat(3, 1, 1, 1), t.repeat(3), context)
-    torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("options", LAYOUTS, ids=str)
-def test_guidance_calls_a_network_once_with_the_same_prediction_as_two_calls(options, masked):
-    network = small_unet(**options)
-    calls = count_calls(network)
-
-    def to_prediction(output, x_t, t):
-        return Prediction(output, x_t - output, t.view(-1, 1, 1, 1) * torch.ones(1))
-
-    x = torch.randn(2, 3, 16, 16)
-    t = torch.tensor([3, 700])
-    context = torch.randn(2, 6, 16)
-    mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6]) if masked else None
-    cond = Denoiser(network, to_prediction, context, mask)
-    uncond = Denoiser(network, to_prediction, torch.randn(1, 1, 16))
-
-    def not_a_denoiser(x_t, t):
-        return cond(x_t, t)
-
-    with torch.no_grad():
-        once = guided(cond, uncond, 3.0)(x, t)
-        assert len(calls) == 1
-        twice = guided(not_a_denoiser, uncond, 3.0)(x, t)
-        assert len(calls) == 3
-    for a, b in zip(once, twice, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=5e-5)
-
-
-def test_only_denoisers_of_the_same_network_are_batched():
-    first = without_zeros(UNet(channels=(32,), context_dim=16))
-    second = without_zeros(UNet(channels=(32,), context_dim=16))
-    context = torch.randn(1, 2, 16)
-    calls_of_first = count_calls(first)
-    calls_of_second = count_calls(second)
-
-    def to_prediction(output, x_t, t):
-        return Prediction(output, output)
-
-    denoise_both = batched_guidance(
-        Denoiser(first, to_prediction, context), Denoiser(second, to_prediction, context)
-    )
-    denoise_both(torch.randn(1, 3, 8, 8), torch.tensor([1]))
-    assert len(calls_of_first) + len(calls_of_second) == 2
-
-
-def test_concatenated_contexts_are_padded_and_the_padding_is_masked():
-    long, short = torch.ones(2, 3, 4), torch.ones(1, 1, 4)
-    context, mask = concat_contexts(long, None, short, None, batch=2)
-    assert context.shape == (4, 3, 4)
-    assert mask.tolist() == [[True] * 3] * 2 + [[True, False, False]] * 2
-    same_length = torch.ones(1, 3, 4)
-    _, mask = concat_contexts(same_length, None, same_length, None, batch=1)
-    assert mask is None
+def test_settings_are_all_arguments_and_rebuild_the_network():
+    arguments = inspect.signature(UNet).parameters.keys()
+    network = UNet(1, 2, [32, 64], 8, 1, [False, True], 2, 2, True, 0.1, True)
+    assert network.settings.keys() == arguments
+    assert UNet(**network.settings).settings == network.settings
+    restored = json.loads(json.dumps(network.settings))
+    check_settings(restored, UNet(**restored))
 
 
 # ---------------------------------------------------------------- errors
@@ -389,11 +238,6 @@ def call_with_context(context):
     return network(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), context)
 
 
-def denoise_three_images_with_two_captions():
-    denoise = Denoiser(None, None, torch.zeros(2, 1, 4))
-    return denoise(torch.zeros(3, 3, 8, 8), torch.tensor([1]))
-
-
 def call_with_an_odd_height():
     network = UNet(channels=(32, 64), patch=2)
     return network(torch.randn(1, 3, 30, 32), torch.tensor([1]))
@@ -401,11 +245,6 @@ def call_with_an_odd_height():
 
 @pytest.mark.parametrize("call, message", [
     (lambda: UNet(pooled=True), "context_dim"),
-    (denoise_three_images_with_two_captions, "2 captions for 3"),
-    (
-        lambda: concat_contexts(torch.zeros(2, 1, 4), None, torch.zeros(1, 1, 4), None, 4),
-        "2 captions for 4",
-    ),
     (lambda: call_with_context(torch.zeros(3, 1, 4)), "3 captions"),
     (lambda: call_with_context(None), "needs a context"),
     (lambda: UNet(channels=(48,)), "multiples of 32"),

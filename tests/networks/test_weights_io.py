@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from easy_diffusion.networks import weights_io
 from easy_diffusion.networks.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from easy_diffusion.networks.unet import UNet
 from easy_diffusion.networks.weights_io import (
+    check_settings,
     load_tree,
     load_weights,
     open_tensors,
@@ -95,6 +97,59 @@ def test_a_module_that_weights_do_not_fit_keeps_its_own():
     with pytest.raises(ValueError, match="incompatible Linear"):
         load_weights(layer, {"weight": torch.zeros(3, 2)})
     assert torch.equal(layer.weight, weight)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def saved_settings(tmp_path, **options):
+    """The settings of a UNet after they have been in a file."""
+    path = tmp_path / "settings.safetensors"
+    save_tree(path, UNet(**dict(channels=(32, 64), context_dim=8, heads=2) | options).settings)
+    return load_tree(path)
+
+
+def test_settings_of_the_same_network_are_accepted_after_they_were_in_a_file(tmp_path):
+    network = UNet(channels=(32, 64), context_dim=8, heads=2, attention=(False, True))
+    check_settings(saved_settings(tmp_path, attention=(False, True)), network)
+
+
+@pytest.mark.parametrize("options", [
+    dict(heads=4),
+    dict(patch=2),
+    dict(pooled=True),
+    dict(attention=(True, False)),
+    dict(heads=4, blocks=1),
+], ids=str)
+def test_each_setting_that_differs_is_named(tmp_path, options):
+    saved = saved_settings(tmp_path)
+    network = UNet(**dict(channels=(32, 64), context_dim=8, heads=2) | options)
+    with pytest.raises(ValueError, match="a UNet with other settings") as error:
+        check_settings(saved, network)
+    named = {line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]}
+    assert named == options.keys()
+
+
+def test_dropout_checkpointing_and_settings_that_the_file_lacks_are_not_compared(tmp_path):
+    saved = saved_settings(tmp_path, dropout=0.1)
+    del saved["patch"]
+    check_settings(saved, UNet(channels=(32, 64), context_dim=8, heads=2, checkpointing=True))
+
+
+def test_weights_that_fit_with_other_heads_are_of_another_network():
+    """Without the settings, nothing would tell them apart: the shapes are the same."""
+    torch.manual_seed(0)
+    two, four = UNet(channels=(32,), heads=2), UNet(channels=(32,), heads=4)
+    for parameter in two.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    load_weights(four, two.state_dict())
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([1])
+    assert not torch.allclose(two(x, t), four(x, t), atol=1e-3)
+    with pytest.raises(ValueError, match="heads: 2 in the checkpoint, 4 in the network"):
+        check_settings(two.settings, four)
+
+
+# ---------------------------------------------------------------- files of other projects
 
 
 class RunsCode:

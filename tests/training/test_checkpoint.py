@@ -5,15 +5,22 @@ import signal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from easy_diffusion.diffusion.gaussian import GaussianDiffusion
+from easy_diffusion.diffusion.schedule import NoiseSchedule
+from easy_diffusion.networks.text_encoder import CharacterEncoder
+from easy_diffusion.networks.unet import UNet
 from easy_diffusion.networks.weights_io import load_weights
 from easy_diffusion.training.checkpoint import (
     link_or_copy,
     load_checkpoint,
+    load_ema_weights,
     load_newest_checkpoint,
     save_checkpoint,
 )
+from easy_diffusion.training.trainer import train
 
 
 def truncate(path):
@@ -215,3 +222,52 @@ def test_a_truncated_checkpoint_is_replaced_by_the_previous_one_and_does_not_dis
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="a is damaged"):
         load_newest_checkpoint(tmp_path / "a")
+
+
+# ---------------------------------------------------------------- which network it belongs to
+
+
+def build_models(heads=2, prediction_type="v"):
+    """A small UNet, its encoder, a diffusion."""
+    encoder = CharacterEncoder("红黑", dim=16, layers=1)
+    network = UNet(channels=(32,), blocks=1, context_dim=16, heads=heads)
+    return network, encoder, GaussianDiffusion(NoiseSchedule.cosine(100), prediction_type)
+
+
+def train_one_step(checkpoint, network, encoder, diffusion, steps=1):
+    """Train on one batch of two images, and save the checkpoint."""
+    batch = torch.zeros(2, 3, 8, 8), ["红", "黑"]
+    accelerator = Accelerator(mixed_precision="no")
+    return list(train(
+        network, diffusion, [batch] * 2, encoder,
+        steps=steps, checkpoint=checkpoint, accelerator=accelerator,
+    ))
+
+
+def test_a_network_with_other_heads_refuses_the_checkpoint_and_names_the_heads(tmp_path):
+    path = tmp_path / "model"
+    train_one_step(path, *build_models(heads=2))
+    saved = load_checkpoint(path)
+    message = "heads: 2 in the checkpoint, 4 in the network"
+    with pytest.raises(ValueError, match=message):
+        load_ema_weights(*build_models(heads=4), saved)
+    with pytest.raises(ValueError, match=message):
+        train_one_step(path, *build_models(heads=4), steps=2)
+    load_ema_weights(*build_models(heads=2), saved)
+    assert len(train_one_step(path, *build_models(heads=2), steps=2)) == 1
+
+
+def test_another_prediction_type_is_refused_when_weights_are_loaded(tmp_path):
+    train_one_step(tmp_path / "model", *build_models())
+    with pytest.raises(ValueError, match="trained to predict v, not x0"):
+        load_ema_weights(*build_models(prediction_type="x0"), load_checkpoint(tmp_path / "model"))
+
+
+def test_a_checkpoint_without_settings_is_loaded_as_before(tmp_path):
+    train_one_step(tmp_path / "model", *build_models(heads=2))
+    saved = load_checkpoint(tmp_path / "model")
+    del saved["network_settings"]
+    network, encoder, diffusion = build_models(heads=2)
+    load_ema_weights(network, encoder, diffusion, saved)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor.cpu(), saved["ema"][f"network.{name}"])

@@ -18,7 +18,8 @@ from easy_diffusion.networks.unet import UNet
 from easy_diffusion.training import checkpoint as checkpoint_file
 from easy_diffusion.training.checkpoint import load_checkpoint
 from easy_diffusion.training.data_loader import make_loader
-from easy_diffusion.training.trainer import train, update_quartile_losses
+from easy_diffusion.training.loss_history import update_quartile_losses
+from easy_diffusion.training.trainer import train
 
 DIFFUSION = GaussianDiffusion(NoiseSchedule.cosine(100), prediction_type="v")
 BRIGHT = 220
@@ -133,7 +134,7 @@ def test_it_learns_what_the_captions_mean():
     *_, step = train_unet(**options)
     assert step.smooth_loss < 0.2           # 1 for a network that predicts zero: E[v²]
     with torch.no_grad():
-        denoise = DIFFUSION.denoiser(step.network, *step.encoder(["红", "黑"]))
+        denoise = DIFFUSION.denoiser(step.ema_network, *step.ema_encoder(["红", "黑"]))
     generator = torch.Generator().manual_seed(0)
     *_, last = ddim(denoise, DIFFUSION.schedule, (2, 3, 8, 8), steps=20, generator=generator)
     assert_bright_and_dark(last.x0, tolerance=0.2)
@@ -147,7 +148,7 @@ def test_the_same_loop_trains_a_flow():
         *_, step = train_unet(
             diffusion=flow, timesteps=timesteps.logit_normal_time, **options
         )
-    denoise = flow.denoiser(step.network, *step.encoder(["红", "黑"]))
+    denoise = flow.denoiser(step.ema_network, *step.ema_encoder(["红", "黑"]))
     generator = torch.Generator().manual_seed(0)
     *_, last = flow_matching.flow_heun(denoise, (2, 3, 8, 8), steps=10, generator=generator)
     assert_bright_and_dark(last.x, tolerance=0.25)
@@ -167,7 +168,7 @@ def test_the_same_loop_trains_a_variance_with_importance_sampled_timesteps():
     assert timesteps.counts.sum() == 60 * 5
     assert timesteps.counts.min() >= 4
     assert timesteps.counts.max() > 1.5 * timesteps.counts.min()    # no longer uniform
-    prediction, variance = step.network.conv_out.weight.chunk(2)
+    prediction, variance = step.ema_network.conv_out.weight.chunk(2)
     assert prediction.any()                 # both were zero at first
     assert variance.any()
 
@@ -194,11 +195,11 @@ def test_the_ema_follows_the_weights():
     for i, step in enumerate(steps):
         decay = min(0.7, (1 + i) / (10 + i))
         expected = decay * expected + (1 - decay) * network.conv_in.weight.detach()
-        is_expected.append(torch.allclose(step.network.conv_in.weight, expected, atol=1e-6))
+        is_expected.append(torch.allclose(step.ema_network.conv_in.weight, expected, atol=1e-6))
     assert all(is_expected)
     assert not torch.allclose(expected, network.conv_in.weight, atol=1e-5)
-    assert not step.network.training
-    assert step.network.conv_in.weight.grad is None
+    assert not step.ema_network.training
+    assert step.ema_network.conv_in.weight.grad is None
 
 
 def test_captions_are_dropped_at_the_given_rate():
@@ -225,7 +226,8 @@ def test_each_step_tells_its_index_learning_rate_and_progress():
     steps = list(train_unet())
     assert [step.index for step in steps] == list(range(12))
     assert steps[-1].progress == 1.0
-    assert steps[0].learning_rate == pytest.approx(5e-4)
+    # Warm-up lasts 1.2 steps, a tenth of the run, which is shorter than the 2 steps asked for.
+    assert steps[0].learning_rate == pytest.approx(1e-3 / 1.2)
     assert steps[1].learning_rate == pytest.approx(1e-3)
     assert steps[6].learning_rate == pytest.approx(1e-3)
     assert 0 < steps[-1].learning_rate < steps[6].learning_rate     # it falls in the last 40%
@@ -237,6 +239,27 @@ def test_a_time_limit_ends_it():
     steps = list(train_unet(steps=10 ** 9, minutes=1 / 60))
     assert 0.9 < steps[-1].seconds < 3
     assert steps[-1].progress == 1.0
+
+
+def test_without_a_limit_it_trains_until_the_caller_stops(tmp_path):
+    for step in train_small(tmp_path / "c", steps=None, save_seconds=0, ema=0.5):
+        assert step.progress == 0
+        if step.index == 20:
+            break
+    assert step.learning_rate == pytest.approx(1e-3)        # it does not fall
+    assert load_checkpoint(tmp_path / "c")["index"] == 21
+    assert next(train_small(tmp_path / "c", steps=None)).index == 21
+
+
+def test_a_short_run_reaches_the_peak_learning_rate():
+    steps = list(train_small(steps=30, warmup=100, learning_rate=2e-3))
+    assert max(step.learning_rate for step in steps) == pytest.approx(2e-3)
+    assert steps[2].learning_rate == pytest.approx(2e-3)
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(TypeError, match="no option 'step'; did you mean 'steps'"):
+        next(train_small(step=3))
 
 
 def test_the_callers_time_is_not_training_time():
@@ -331,9 +354,9 @@ def test_a_broken_run_resumes_and_ends_with_the_weights_of_an_unbroken_one(tmp_p
     resumed = list(train_unet(path, muon_learning_rate=muon))
     assert [step.index for step in resumed] == list(range(5, 12))
     assert len(load_checkpoint(path)["losses"]) == 12
-    weights = resumed[-1].network.state_dict()
+    weights = resumed[-1].ema_network.state_dict()
     different = [
-        name for name, tensor in unbroken.network.state_dict().items()
+        name for name, tensor in unbroken.ema_network.state_dict().items()
         if not torch.equal(tensor, weights[name])
     ]
     assert different == []
@@ -350,7 +373,7 @@ def test_a_checkpoint_of_an_incompatible_network_is_refused_and_kept(tmp_path):
     wider = UNet(channels=(64,), blocks=1, context_dim=32)
     _, encoder = make_models()
     loader = torch.utils.data.DataLoader(BrightAndDark(), 8)
-    with pytest.raises(ValueError, match="shape of network.conv_in.weight"):
+    with pytest.raises(ValueError, match=r"channels: \[32\] in the checkpoint, \(64,\) in the"):
         list(train(wider, DIFFUSION, loader, encoder, checkpoint=path))
     assert path.read_bytes() == content
 
@@ -378,7 +401,7 @@ def test_importance_sampling_resumes_with_its_counts_and_losses(tmp_path):
             break
     *_, resumed = train_weighted(tmp_path / "c")
     assert load_checkpoint(tmp_path / "c")["timesteps"]["counts"].sum() == 60
-    assert_equal_weights(unbroken.network, resumed.network)
+    assert_equal_weights(unbroken.ema_network, resumed.ema_network)
 
 
 def test_the_best_and_the_previous_checkpoints_are_kept(tmp_path):
@@ -410,7 +433,7 @@ def test_a_truncated_checkpoint_costs_only_the_steps_since_the_previous_one(tmp_
     with pytest.warns(UserWarning, match="c is damaged.*resumes from an earlier checkpoint, .*c.1"):
         resumed = list(train_small(tmp_path / "c"))
     assert resumed[0].index == 6
-    assert_equal_weights(unbroken.network, resumed[-1].network)
+    assert_equal_weights(unbroken.ema_network, resumed[-1].ema_network)
 
 
 def test_training_continues_while_the_disk_is_full(tmp_path, monkeypatch):
@@ -438,7 +461,7 @@ def test_training_continues_while_the_disk_is_full(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         list(train_small(tmp_path / "other", save_seconds=0))
     *_, unbroken = train_small()
-    assert_equal_weights(unbroken.network, step.network)
+    assert_equal_weights(unbroken.ema_network, step.ema_network)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -480,7 +503,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(factor):
     with pytest.warns(UserWarning, match="step 4 is skipped: the loss is "):
         steps = list(train_small(diffusion=diffusion))
     assert [step.skipped for step in steps] == [0] * 4 + [1] * 8
-    assert is_finite(steps[-1].network)
+    assert is_finite(steps[-1].ema_network)
     assert [math.isfinite(step.loss) for step in steps] == [True] * 4 + [False] + [True] * 7
     assert all(math.isfinite(step.smooth_loss) for step in steps)
     assert steps[4].note.startswith("step 4 is skipped")
@@ -505,7 +528,7 @@ def test_an_image_that_is_not_finite_costs_one_step_and_changes_no_weight():
             previous = weights
     assert step.skipped == 3                # once in each epoch of four steps
     assert is_finite(network)
-    assert is_finite(step.network)
+    assert is_finite(step.ema_network)
 
 
 def test_a_step_whose_gradient_is_not_finite_is_skipped():
@@ -556,9 +579,9 @@ def test_a_gradient_scaler_changes_nothing_but_skips_steps_that_overflow(tmp_pat
         return last, network, accelerator.scaler
 
     *_, unscaled = train_unet(steps=6, decay=0)
-    expected = torch.nn.utils.parameters_to_vector(unscaled.network.parameters())
+    expected = torch.nn.utils.parameters_to_vector(unscaled.ema_network.parameters())
     last, _, scaler = train_scaled(6)
-    weights = torch.nn.utils.parameters_to_vector(last.network.parameters())
+    weights = torch.nn.utils.parameters_to_vector(last.ema_network.parameters())
     assert torch.allclose(expected, weights, atol=1e-5)
     assert last.skipped == 0
     assert scaler.get_scale() == 2.0 ** 16
@@ -592,10 +615,10 @@ def test_bad_steps_in_a_row_roll_back_to_earlier_ema_weights_and_halve_the_learn
     with pytest.warns(UserWarning, match=message):
         for step in train_small(steps=140, decay=0, diffusion=FaultyDiffusion(range(120, 130))):
             if step.index in (100, 119, 129, 130):
-                weights[step.index] = step.network.conv_in.weight.detach().clone()
+                weights[step.index] = step.ema_network.conv_in.weight.detach().clone()
                 learning_rates[step.index] = step.learning_rate
     assert step.skipped == 10
-    assert is_finite(step.network)
+    assert is_finite(step.ema_network)
     assert not torch.equal(weights[100], weights[119])
     assert torch.equal(weights[129], weights[100])      # the second time, to the same weights
     assert learning_rates[119] == pytest.approx(1e-3)
@@ -634,10 +657,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_batches):
     initial, _ = make_models()
     *_, whole = train_unet(**options)
     *_, divided = train_unet(micro_batches=micro_batches, **options)
-    assert_close_weights(whole.network, divided.network, atol=1e-6)
+    assert_close_weights(whole.ema_network, divided.ema_network, atol=1e-6)
     changes = [
         float((a - b).abs().max().detach())
-        for a, b in zip(whole.network.parameters(), initial.parameters())
+        for a, b in zip(whole.ema_network.parameters(), initial.parameters())
     ]
     assert max(changes) > 1e-3
     assert whole.loss == pytest.approx(divided.loss, rel=1e-4)
@@ -674,14 +697,14 @@ def test_out_of_memory_doubles_the_number_of_micro_batches_once(tmp_path):
         *_, step = train_limited()
     assert len(warned) == 1
     *_, unlimited = train_limited(max_batch=5)
-    assert_close_weights(unlimited.network, step.network, atol=1e-6)
+    assert_close_weights(unlimited.ema_network, step.ema_network, atol=1e-6)
 
     with pytest.warns(UserWarning, match="out of memory"):
         for broken in train_limited(tmp_path / "c"):
             if broken.index == 4:
                 break
     *_, resumed = train_limited(tmp_path / "c")         # it resumes with 2, without a warning
-    assert_equal_weights(step.network, resumed.network)
+    assert_equal_weights(step.ema_network, resumed.ema_network)
 
     with pytest.raises(torch.OutOfMemoryError, match="with 2 micro-batches, too"), \
             pytest.warns(UserWarning):
@@ -708,6 +731,6 @@ def test_a_compiled_network_trains_alike_and_resumes_even_uncompiled(tmp_path, m
     *_, resumed = train_unet(tmp_path / "c", compile=True)
     *_, uncompiled = train_unet(tmp_path / "d")
     assert len(compiled) == 3
-    assert_equal_weights(unbroken.network, resumed.network)
-    assert_close_weights(unbroken.network, plain.network, atol=1e-5)
-    assert_close_weights(unbroken.network, uncompiled.network, atol=1e-5)
+    assert_equal_weights(unbroken.ema_network, resumed.ema_network)
+    assert_close_weights(unbroken.ema_network, plain.ema_network, atol=1e-5)
+    assert_close_weights(unbroken.ema_network, uncompiled.ema_network, atol=1e-5)

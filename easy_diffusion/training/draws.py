@@ -1,0 +1,77 @@
+"""The random numbers of a training step: timesteps, dropped captions, noise, dropout.
+
+All of them follow from (seed, i) for step i, whatever other code draws in between. That is why a
+run that was killed and resumed ends with the weights of an unbroken run.
+
+Timesteps, dropped captions and, on a CPU, noise are drawn for the batches of all W processes, and
+each process takes its part: W processes train on what one process draws for a batch W times as
+large. On a GPU the noise of each process but the first has a seed of its own.
+
+The file needs torch and, beside it, data_loader.py; its example also the folder diffusion/.
+
+>>> from ..diffusion.timesteps import uniform_timesteps
+>>> draws = StepDraws(uniform_timesteps, 1000, caption_dropout=0.5, seed=0)
+>>> batch = Batch(torch.zeros(4, 3, 8, 8), ["红", "绿", "蓝", "白"], {})
+>>> t, captions = draws.timesteps_and_captions(0, batch)
+>>> t.shape, captions.count("")
+(torch.Size([4]), 2)
+>>> torch.equal(draws.timesteps_and_captions(0, batch)[0], t)
+True
+"""
+
+import torch
+
+from .data_loader import Batch, derive_seed, fork_rng
+
+
+class StepDraws:
+    """Draws the random numbers of this process's part of each step.
+
+    timesteps: function (batch, T, generator) → t [batch].
+    num_timesteps: T.
+    caption_dropout: fraction of the captions that become uncond.
+    seed: of all random numbers.
+    uncond: the caption that replaces the dropped ones.
+    device: where the random numbers are drawn.
+    rank, world_size: this process and the number of processes.
+
+    The attribute `generator` gives the noise, after `timesteps_and_captions` of the step.
+    """
+
+    def __init__(
+        self, timesteps, num_timesteps: int, caption_dropout: float, seed: int,
+        uncond="", device="cpu", rank: int = 0, world_size: int = 1,
+    ):
+        self.timesteps = timesteps
+        self.num_timesteps = num_timesteps
+        self.caption_dropout = caption_dropout
+        self.seed = seed
+        self.uncond = uncond
+        self.rank = rank
+        self.world_size = world_size
+        self.generator = torch.Generator(device)
+
+    def timesteps_and_captions(self, index: int, batch: Batch) -> tuple[torch.Tensor, list]:
+        """Return the timesteps [B] and the captions, some of them dropped, of step `index`."""
+        generator = self.generator
+        count = len(batch.images)
+        total = self.world_size * count
+        own_part = slice(self.rank * count, (self.rank + 1) * count)
+        seed = derive_seed(self.seed, index)
+        generator.manual_seed(seed)
+        with fork_rng(seed):                # for functions that use the global generators
+            t = self.timesteps(total, self.num_timesteps, generator)[own_part]
+        dropped = torch.rand(total, generator=generator, device=generator.device)[own_part]
+        dropped = (dropped < self.caption_dropout).tolist()
+        captions = [self.uncond if drop else c for c, drop in zip(batch.captions, dropped)]
+
+        # The noise: on a CPU, skip that of the processes before; on a GPU, use a seed of its own.
+        if generator.device.type == "cpu":
+            torch.randn(self.rank * count, *batch.images.shape[1:], generator=generator)
+        elif self.rank > 0:
+            generator.manual_seed(derive_seed(self.seed, index, self.rank))
+        return t, captions
+
+    def fork_rng(self, index: int):
+        """Context manager for the network's forward pass, whose dropout uses global generators."""
+        return fork_rng(derive_seed(self.seed, index, self.rank))

@@ -1,0 +1,95 @@
+"""The training loop, bare: read this one first. trainer.py has the same step, made robust.
+
+Each step takes a batch x0, draws a timestep t and noise eps for each image, and descends the
+gradient of the error of the network's prediction (Ho et al., "Denoising Diffusion Probabilistic
+Models", 2020, algorithm 1):
+
+    x_t = alpha_t x0 + sigma_t eps
+    theta ← theta - optimizer step along the gradient of |f_theta(x_t, t, context) - target|²
+
+Some captions are dropped: the encoder's unconditional element takes their place, so that the
+network also learns the unconditional prediction for guidance (Ho & Salimans, "Classifier-Free
+Diffusion Guidance", 2022, algorithm 1). One samples from the averaged weights, the EMA.
+
+The random numbers of step i follow from (seed, i), as in `train`, so both loops take the same
+draws. What is missing here: resuming, mixed precision, several processes, bad steps, learning-rate
+decay. The file needs torch, the folder diffusion/ and, beside it, data_loader.py and ema.py.
+
+>>> from ..diffusion.gaussian import GaussianDiffusion
+>>> from ..diffusion.schedule import NoiseSchedule
+>>> class Network(torch.nn.Conv2d):
+...     def forward(self, x_t, t, context, mask):
+...         return super().forward(x_t)
+>>> network = Network(3, 3, 1)
+>>> diffusion = GaussianDiffusion(NoiseSchedule.cosine(100))
+>>> loader = [(torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8), ["红", "绿", "蓝", "白"])]
+>>> optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+>>> [step.index for step in train_simple(network, diffusion, loader, None, optimizer, steps=3)]
+[0, 1, 2]
+"""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from ..diffusion.timesteps import uniform_timesteps
+from .data_loader import derive_seed, infinite_batches, normalize_pixels, unpack_batch
+from .ema import update_ema
+
+
+class SimpleStep(NamedTuple):
+    """One training step: its number from 0, the mean loss of its batch, and the EMA weights.
+
+    ema_network, ema_encoder: in eval mode; ema_encoder is None if there is no encoder.
+    """
+
+    index: int
+    loss: float
+    ema_network: torch.nn.Module
+    ema_encoder: torch.nn.Module | None
+
+
+def train_simple(
+    network, diffusion, loader, encoder, optimizer, steps,
+    timesteps=uniform_timesteps, caption_dropout=0.1, clip=1.0, ema=0.999, seed=0,
+) -> Iterator[SimpleStep]:
+    """Train a network, and its encoder unless that is None, in place; yield every step.
+
+    optimizer: of the parameters of both, with its learning rate.
+    steps: number of steps. All other arguments are those of `train`.
+    """
+    models = torch.nn.ModuleList([network, encoder])
+    ema_models = copy.deepcopy(models).requires_grad_(False).eval()
+    device = next(network.parameters()).device
+    generator = torch.Generator(device)
+    for index, batch in zip(range(steps), infinite_batches(loader)):
+        # The batch: pixels become [-1, 1]; extras are more inputs of the network, by name.
+        images, captions, extras = unpack_batch(batch)
+        x0 = normalize_pixels(images.to(device)).float()                        # [B, C, H, W]
+        extras = {name: normalize_pixels(extra.to(device)) for name, extra in extras.items()}
+
+        # A timestep for each image; some captions are dropped for classifier-free guidance.
+        generator.manual_seed(derive_seed(seed, index))
+        t = timesteps(len(x0), len(diffusion), generator)                       # [B]
+        dropped = torch.rand(len(x0), generator=generator, device=device) < caption_dropout
+
+        # The loss of the prediction from x_t = alpha_t x0 + sigma_t eps, given the captions.
+        models.train()
+        context = mask = None
+        if encoder is not None:
+            uncond = getattr(encoder, "uncond", "")
+            captions = [uncond if drop else c for c, drop in zip(captions, dropped.tolist())]
+            context, mask = encoder(captions)                                   # [B, L, D], [B, L]
+        with_extras = partial(network, **extras)
+        loss = diffusion.loss(with_extras, x0, t, context, mask, generator).mean()
+
+        # The optimizer step along the clipped gradient, and the moving average of the weights.
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(models.parameters(), clip)
+        optimizer.step()
+        update_ema(ema_models, models, index, ema)
+        yield SimpleStep(index, loss.item(), *ema_models)

@@ -1,0 +1,69 @@
+"""Guided denoisers of trained networks: the same prediction as the bare network, by fewer calls."""
+
+import pytest
+import torch
+
+from easy_diffusion.diffusion.flow_matching import RectifiedFlow
+from easy_diffusion.diffusion.guidance import guided
+from easy_diffusion.generate import generate_images, guided_denoiser
+from easy_diffusion.presets import build_networks
+
+NAMES = ["番茄炒鸡蛋", "土豆汤"]
+
+
+class LabelEncoder(torch.nn.Module):
+    """Class labels 0 … 2 as contexts of one token; 3 is the unconditional label."""
+
+    uncond = 3
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(4, 128)
+
+    def forward(self, labels):
+        context = self.embedding(torch.tensor(labels))[:, None]  # [B, 1, 128]
+        return context, torch.ones(len(labels), 1, dtype=torch.bool)
+
+
+@pytest.fixture
+def models():
+    """The demo's network with random weights in every layer, its encoder, its diffusion."""
+    torch.manual_seed(0)
+    network, encoder, diffusion = build_networks("".join(NAMES))
+    for parameter in network.parameters():
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return network.eval(), encoder.eval(), diffusion
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_guided_denoiser_equals_guidance_with_the_bare_network(models, labels):
+    network, encoder, diffusion = models
+    encoder = LabelEncoder() if labels else encoder
+    captions = [0, 2] if labels else NAMES
+    x_t, t = torch.randn(2, 3, 32, 32), torch.tensor([500, 500])
+    denoise = guided_denoiser(network, encoder, diffusion, captions, guidance=3.0, clip=False)
+    cond = diffusion.denoiser(network, *encoder(captions))
+    uncond = diffusion.denoiser(network, *encoder([3] if labels else [""]))
+    with torch.no_grad():
+        expected = guided(cond, uncond, 3.0)(x_t, t)
+        prediction = denoise(x_t, t)
+    # `denoise` computes in bfloat16 where the hardware supports it.
+    error = (prediction.x0 - expected.x0).norm() / expected.x0.norm()
+    assert error < 0.03
+
+
+def test_a_step_evaluates_the_first_layers_once_for_both_captions(models):
+    network, encoder, diffusion = models
+    batch_sizes = []
+    network.conv_in.register_forward_hook(lambda _, x, __: batch_sizes.append(len(x[0])))
+    generate_images(network, encoder, diffusion, NAMES, size=32, steps=3)
+    assert batch_sizes == [2, 2, 2]
+
+
+def test_an_image_is_generated_for_each_name_by_a_diffusion_and_by_a_flow(models):
+    network, encoder, diffusion = models
+    for process in (diffusion, RectifiedFlow()):
+        images = generate_images(network, encoder, process, NAMES, size=32, steps=2)
+        assert images.shape == (2, 32, 32, 3)
+        assert images.dtype == "uint8"
