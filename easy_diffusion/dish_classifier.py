@@ -74,9 +74,10 @@ def cached_classifier(path: Path, steps: int, make_examples: Callable) -> Attrib
     """
     torch.manual_seed(0)
     classifier = AttributeClassifier(INGREDIENTS, WAYS)
-    if path.exists():
-        load_weights(classifier, load_checkpoint(path))
-        return classifier
+    for existing in (path, old_path(path)):
+        if existing.exists():
+            load_weights(classifier, load_checkpoint(existing))
+            return classifier
     images, names = make_examples()
     loader = torch.utils.data.DataLoader(
         list(zip(images, names)), batch_size=64, shuffle=True, drop_last=True
@@ -88,3 +89,9 @@ def cached_classifier(path: Path, steps: int, make_examples: Callable) -> Attrib
         pass
     save_checkpoint(path, classifier.state_dict())
     return classifier
+
+
+def old_path(path: Path) -> Path:
+    """Where version 1 saved the classifier that is now saved as `path`."""
+    name = path.name.replace("view_classifier_", "reader_of_frames_")
+    return path.with_name(name.replace("classifier_", "reader_"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from easy_diffusion.diffusion.prediction import Prediction
 
@@ -130,3 +131,15 @@ def gaussian():
         return Mixture([1.0], mean[None], covariance[None]).denoiser(schedule)
 
     return make_denoiser
+
+
+@pytest.fixture
+def separate_accelerator_state():
+    """Reset accelerate's state, so that --precision may differ from that of other tests."""
+    def reset():
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    reset()
+    yield
+    reset()

@@ -13,24 +13,28 @@ import pytest
 import torch
 
 from datasets.caption_embeddings import StoredCaptionEmbeddings
+from datasets.dish_shapes import INGREDIENTS
+from datasets.dishes import WAYS
 from datasets.latents_lmdb import LatentLmdb
 from datasets.lmdb_store import ImageCaptionStore
 from easy_diffusion.diffusion.gaussian import GaussianDiffusion
 from easy_diffusion.diffusion.schedule import NoiseSchedule
 from easy_diffusion.diffusion.timesteps import ImportanceTimesteps
+from easy_diffusion.dish_classifier import load_or_train_classifier, old_path
 from easy_diffusion.evaluation.attribute_classifier import AttributeClassifier
 from easy_diffusion.latent_space import fingerprint
 from easy_diffusion.networks.autoencoder import Autoencoder, load_autoencoder
 from easy_diffusion.networks.text_encoder import CharacterEncoder
 from easy_diffusion.networks.weights_io import load_tree, load_weights
 from easy_diffusion.train_model import main
-from easy_diffusion.training.checkpoint import load_checkpoint
+from easy_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from easy_diffusion.training.data_loader import make_loader
 from easy_diffusion.training.progress import read_rows
 from easy_diffusion.training.train_autoencoder import train_autoencoder
 from easy_diffusion.training.trainer import train
 
 OLD = Path(__file__).with_name("old_files")
+pytestmark = pytest.mark.usefixtures("separate_accelerator_state")
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ class TinyNetwork(torch.nn.Module):
 def test_an_old_training_resumes_with_the_losses_of_the_old_code(old):
     """The old code went on from step 6 to step 8 with the losses in losses.json.
 
-    They were computed with bfloat16 autocast; a machine without it rounds less, hence the tolerance.
+    They were computed with bfloat16 autocast. Without it rounding differs, hence the tolerance.
     """
     torch.manual_seed(0)
     timesteps = ImportanceTimesteps(100, history=1)
@@ -116,6 +120,16 @@ def test_an_old_attribute_classifier_is_loaded(old):
     before = copy.deepcopy(classifier.state_dict())
     load_weights(classifier, load_checkpoint(old / "reader.safetensors"))
     assert not torch.equal(classifier.head.weight, before["head.weight"])
+
+
+def test_the_classifier_in_an_old_out_folder_is_found_and_not_trained_again(tmp_path):
+    old = AttributeClassifier(INGREDIENTS, WAYS)
+    save_checkpoint(tmp_path / "reader_64_3000.safetensors", old.state_dict())
+    loaded = load_or_train_classifier(64, 3000, tmp_path)
+    for name, weight in old.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name])
+    views = tmp_path / "view_classifier_10.safetensors"
+    assert old_path(views) == tmp_path / "reader_of_frames_10.safetensors"
 
 
 def test_an_old_store_gives_its_images_captions_and_embeddings(old):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from datasets.dish_shapes import INGREDIENTS
@@ -33,16 +32,7 @@ SMALL_NETWORK = [
 SMALL_DISHES = ["--size", "32", "--dishes", "24"]
 
 
-@pytest.fixture(autouse=True)
-def separate_accelerator_state():
-    """Reset accelerate's state, so that --precision may differ from that of other tests."""
-    def reset():
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-
-    reset()
-    yield
-    reset()
+pytestmark = pytest.mark.usefixtures("separate_accelerator_state")
 
 
 def write_store(folder, captions):

@@ -31,7 +31,6 @@ import contextlib
 import io
 import json
 import math
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +39,7 @@ import torch
 import torch.nn.functional as F
 
 from ..files import atomic_path
-from ..networks.weights_io import load_weights
+from ..networks.weights_io import load_weights, read_tensors
 from .checkpoint import load_checkpoint, save_checkpoint
 from .clock import TrainingClock
 from .data_loader import infinite_batches, unpack_batch
@@ -69,15 +68,9 @@ def load_cn_clip(
     """
     import cn_clip.clip
     from cn_clip.clip.utils import create_model
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from error
     state = {
         name.removeprefix("module."): tensor
-        for name, tensor in state.get("state_dict", state).items() if "bert.pooler" not in name
+        for name, tensor in read_tensors(path).items() if "bert.pooler" not in name
     }
     with contextlib.redirect_stdout(io.StringIO()):             # create_model prints its settings
         model = create_model(f"{vision}@{text}").float()
