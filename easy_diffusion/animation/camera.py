@@ -43,11 +43,18 @@ DIRECTIONS = {                                          # move → (dx, dy)
     "down-left": (-1, 1),
     "down-right": (1, 1),
 }
-MOVES = (*DIRECTIONS, "centre", "circle")
+BORDER_MOVES = ("centre", "circle")
+MOVES = (*DIRECTIONS, *BORDER_MOVES)
 
 Box = tuple[float, float, float, float]                 # (left, top, right, bottom)
 
 # ---------------------------------------------------------------- what a move uncovers
+
+
+def check_move(move: str, known=MOVES) -> None:
+    """Raise ValueError, with the known moves, if `move` is not one of them."""
+    if move not in known:
+        raise ValueError(f"move must be one of {', '.join(known)}, not {move!r}")
 
 
 def check_image(image: np.ndarray) -> tuple[int, int]:
@@ -74,16 +81,15 @@ def uncover(
     Raises ValueError for an unknown move, an image of another shape or dtype, or a distance at
     which nothing of the image stays visible.
     """
+    check_move(move)
     h, w = check_image(image)
     if move in DIRECTIONS:
         dx, dy = DIRECTIONS[move]
         limit = min(side for side, step in ((w, dx), (h, dy)) if step)
     elif move == "circle":
         limit = min(h, w) // 2
-    elif move == "centre":
+    else:                                               # centre
         limit = min(h, w) // 4 + 1
-    else:
-        raise ValueError(f"move must be one of {', '.join(MOVES)}, not {move!r}")
     if limit < 2:
         raise ValueError(f"an image of {w}×{h} pixels is too small for {move}")
     if not 1 <= pixels < limit:
@@ -150,7 +156,12 @@ def visible_slices(step: int, side: int) -> slice:
 
 
 def inner_box(size: tuple[int, int], move: str, pixels: int) -> tuple[int, int, int, int]:
-    """Box (left, top, right, bottom) of the scaled image in the view of circle or centre."""
+    """Box (left, top, right, bottom) of the scaled image in the view of circle or centre.
+
+    size: (W, H) of the view. move: "circle" or "centre", else ValueError.
+    pixels: width of the border, see `uncover`.
+    """
+    check_move(move, BORDER_MOVES)
     w, h = size
     dx, dy = (pixels * side // min(size) for side in size)
     if move == "circle":
@@ -161,13 +172,14 @@ def inner_box(size: tuple[int, int], move: str, pixels: int) -> tuple[int, int, 
 def pan_windows(move: str, pixels: int, steps: int) -> list[tuple[int, int]]:
     """List the windows to inpaint, in this order, for a pan.
 
-    move: one of DIRECTIONS.
+    move: one of DIRECTIONS, else ValueError.
     pixels: distance of a step. steps: number of steps.
 
     Each window is the (x, y) of its upper left corner, relative to that of the first view. A
     diagonal step needs three windows: one beside, one above or below, and the diagonal one. With
     the diagonal one alone, the camera would show pixels between two steps that no window covers.
     """
+    check_move(move, DIRECTIONS)
     dx, dy = DIRECTIONS[move]
     windows = []
     for k in range(steps):
@@ -265,10 +277,11 @@ def pan_frames(
 
     canvas: uint8 [H, W, 3].
     start: (x, y) of the first view's upper left corner on the canvas.
-    move: one of DIRECTIONS. distance: its length in pixels of the canvas.
+    move: one of DIRECTIONS, else ValueError. distance: its length in pixels of the canvas.
     window: (W, H) of the view on the canvas. size: (W, H) of the frames.
     frames: number of frames.
     """
+    check_move(move, DIRECTIONS)
     pil_canvas = Image.fromarray(canvas)
     dx, dy = DIRECTIONS[move]
     layers = [(pil_canvas, (0, 0, *pil_canvas.size))]

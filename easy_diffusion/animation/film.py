@@ -34,8 +34,8 @@ from ..files import write_atomically
 from ..images import contact_sheet
 from .camera import (
     DIRECTIONS,
-    MOVES,
     check_image,
+    check_move,
     circle_frames,
     inner_box,
     pan_frames,
@@ -82,8 +82,7 @@ def animate(
     Raises ValueError for an unknown move, a name without `generate`, numbers out of range, or an
     image of another shape or dtype.
     """
-    if move not in MOVES:
-        raise ValueError(f"move must be one of {', '.join(MOVES)}, not {move!r}")
+    check_move(move)
     if isinstance(image, str) and generate is None:
         raise ValueError(f"to animate the name {image!r}, pass `generate`, a function name → image")
     if inpaintings < 1:
@@ -126,7 +125,10 @@ def default_pixels(move: str, size: tuple[int, int]) -> int:
     A model that was trained on whole dishes in the middle of a table can inpaint a whole second
     dish into 7/8 of the view; the visible 1/8 shows the table. If half of a dish were visible, the
     model would complete it with half of another one.
+
+    Raises ValueError for an unknown move.
     """
+    check_move(move)
     if move not in DIRECTIONS:
         return max(1, min(size) // 8)
     sides = [side for side, step in zip(size, DIRECTIONS[move]) if step]
@@ -140,7 +142,9 @@ def inpaint_strip(
 
     Returns the canvas uint8 [H, W, 3] and the (x, y) of the image's upper left corner on it. For a
     diagonal, the two corners of the canvas that the camera never shows stay grey, 127.
+    Raises ValueError for a move that is not one of camera.DIRECTIONS, or a wrong distance.
     """
+    check_move(move, DIRECTIONS)
     h, w = image.shape[:2]
     uncover(image, move, pixels)                        # raises ValueError for a wrong distance
     dx, dy = DIRECTIONS[move]

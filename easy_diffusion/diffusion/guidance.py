@@ -8,9 +8,11 @@ take denoisers and return a denoiser, so they compose, and every sampler accepts
 Guidance extrapolates from the prediction without a caption to the one with a caption:
 
     eps = eps_uncond + scale (eps_cond - eps_uncond)
+        = scale eps_cond + (1 - scale) eps_uncond
 
 (Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022, eq. 6, with scale = 1 + w.)
-At a fixed x_t, x0 is an affine function of eps, so the same formula holds for x0.
+The same formula holds for x0 = (x_t - sigma_t eps) / alpha_t: the weights scale and 1 - scale
+sum to 1, so that x_t remains as it is, and x0 and eps agree.
 
 A large scale raises the contrast of x0 and oversaturates colours. Rescaling restores the standard
 deviation of the conditional prediction, by a fraction phi:
@@ -18,14 +20,23 @@ deviation of the conditional prediction, by a fraction phi:
     x0 ← phi x0 std(x0_cond) / std(x0) + (1 - phi) x0
 
 (Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2023, eq. 15 and 16.)
-After x0 has been rescaled or clipped, eps follows from it: eps = (x_t - alpha_t x0) / sigma_t.
+Lin et al. rescale the network's output; here x0 is rescaled, so that it does not depend on the
+prediction type. After x0 has been rescaled or clipped, eps follows from it:
+eps = (x_t - alpha_t x0) / sigma_t.
 
-The file needs torch and, beside it, prediction.py.
+The order matters: clipped(guided(…)) limits the result to [-1, 1]; guided(clipped(…), …) limits
+what guidance extrapolates from, and the result can leave [-1, 1] again.
 
->>> def denoise_cond(x_t, t):
-...     return Prediction(x0=torch.full_like(x_t, 0.5), eps=x_t)
->>> def denoise_uncond(x_t, t):
-...     return Prediction(x0=torch.zeros_like(x_t), eps=x_t)
+The file needs torch and, beside it, prediction.py; its example also schedule.py.
+
+>>> from .schedule import NoiseSchedule
+>>> schedule = NoiseSchedule.cosine(1000)
+>>> def denoise_cond(x_t, t):                               # with a caption: light grey
+...     x0 = torch.full_like(x_t, 0.5)
+...     return Prediction(x0, eps_from_x0(x0, x_t, t, schedule))
+>>> def denoise_uncond(x_t, t):                             # without: grey
+...     x0 = torch.zeros_like(x_t)
+...     return Prediction(x0, eps_from_x0(x0, x_t, t, schedule))
 >>> denoise = guided(denoise_cond, denoise_uncond, scale=3.0)
 >>> x_t, t = torch.zeros(1, 3, 8, 8), torch.tensor([500])
 >>> float(denoise(x_t, t).x0[0, 0, 0, 0])                   # 0 + 3 (0.5 - 0)
@@ -38,7 +49,7 @@ from .prediction import Denoiser, Prediction, check_batch, eps_from_x0
 
 
 def guided(
-    denoise,
+    denoise_cond,
     denoise_uncond,
     scale: float,
     interval: tuple[float, float] | None = None,
@@ -47,7 +58,7 @@ def guided(
 ):
     """Classifier-free guidance of a conditional denoiser; returns a denoiser.
 
-    denoise: the conditional denoiser, (x_t, t) -> Prediction.
+    denoise_cond: the conditional denoiser, (x_t, t) -> Prediction.
     denoise_uncond: the unconditional denoiser, for example with the context of the caption "".
     scale: 1 is no guidance; larger values follow the caption more closely.
     interval: (lowest, highest) timestep at which to guide. At other timesteps only the
@@ -62,13 +73,13 @@ def guided(
     if rescale and schedule is None:
         raise ValueError(f"rescale={rescale} needs the schedule, to compute eps from x0")
 
-    # (x_t, t) -> (conditional, unconditional) Prediction, from one network call where possible
-    denoise_both = batched_guidance(denoise, denoise_uncond)
+    denoise_both = batched_guidance(denoise_cond, denoise_uncond)
 
     def denoise_guided(x_t, t):
         outside = interval is not None and (t.min() < interval[0] or t.max() > interval[1])
         if scale == 1 or outside:
-            return denoise(x_t, t)
+            return denoise_cond(x_t, t)
+        # The same as denoise_cond(x_t, t), denoise_uncond(x_t, t)
         cond, uncond = denoise_both(x_t, t)
         eps = uncond.eps + scale * (cond.eps - uncond.eps)
         x0 = uncond.x0 + scale * (cond.x0 - uncond.x0)
@@ -103,13 +114,16 @@ def clipped(denoise, schedule):
     return denoise_clipped
 
 
+# ------------------------------------------ an optimisation: one network call for both denoisers
+
+
 def batched_guidance(denoise_cond, denoise_uncond):
     """A function (x_t, t) -> (conditional Prediction, unconditional Prediction).
 
     Both come from one network call if the two denoisers are `Denoiser` objects that differ only in
     their context, and their network has the method `cache_context`. The network then receives B
-    images with 2 B contexts. `FastUNet` computes the layers before the first cross-attention for
-    B images, and the later layers for 2 B.
+    images with 2 B contexts, see `Denoiser`. `FastUNet` computes the layers before the first
+    cross-attention for B images, and the later layers for 2 B.
 
     Otherwise each denoiser is called.
     """

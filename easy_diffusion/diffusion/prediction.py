@@ -11,16 +11,30 @@ It predicts both unknowns of x_t = alpha_t x0 + sigma_t eps. Each follows from t
 
 (Ho et al., "Denoising Diffusion Probabilistic Models", 2020, eq. 4, solved for eps and for x0.)
 
+The x0 and eps of a Prediction must agree in this sense, since samplers use both. A denoiser that
+computes or changes x0 computes its eps with `eps_from_x0`.
+
+Many networks predict a mixture of the two (Salimans & Ho, "Progressive Distillation for Fast
+Sampling of Diffusion Models", 2022):
+
+    v = alpha_t eps - sigma_t x0
+
+Since alpha_t² + sigma_t² = 1, both follow from v:
+
+    x0  = alpha_t x_t - sigma_t v
+    eps = sigma_t x_t + alpha_t v
+
 Samplers and guidance work with denoisers only. They do not need to know what the network was
-trained to predict: a function `to_prediction` converts its output. `GaussianDiffusion` and
-`RectifiedFlow` have such a function, and their method `denoiser` builds the `Denoiser`.
+trained to predict: a function `to_prediction` converts its output. `GaussianDiffusion`
+(gaussian.py) and `RectifiedFlow` (flow_matching.py) have such a function, and their method
+`denoiser` builds the `Denoiser`.
 
 A network is any function with this contract, for training and sampling alike:
 
     network(x_t, t, context, mask, **extras) -> output
 
     x_t       noisy images [B, C, H, W]
-    t         [B], int64 timesteps; for a flow or an SDE, 1000 · its float times
+    t         [B], int64 timesteps 0 … T - 1; for a flow or an SDE, 1000 · its float times
     context   token embeddings [B, L, D] or [1, L, D]; None for a network without captions
     mask      bool [B, L] or [1, L], True = a real token; None = all tokens are real
     extras    further tensors [B, ...] by name, such as a control image; they are bound before:
@@ -51,10 +65,11 @@ class Prediction(NamedTuple):
     """The output of a denoiser for x_t [B, C, H, W].
 
     x0: the predicted clean image, [B, C, H, W].
-    eps: the predicted noise, [B, C, H, W].
+    eps: the predicted noise, [B, C, H, W]; it agrees with x0: x_t = alpha_t x0 + sigma_t eps.
     log_variance: the logarithm of the variance of the reverse step from t to t - 1;
         [B, 1, 1, 1], or [B, C, H, W] if the network predicts it.
-        None stands for DDPM's smaller variance, the posterior variance ("fixed_small").
+        None: the posterior variance of q(x_{t-1} | x_t, x0) (variance="fixed_small" in
+        gaussian.py).
     """
 
     x0: torch.Tensor
@@ -73,11 +88,14 @@ class Denoiser:
         a time in [0, 1], as in `RectifiedFlow`.
 
     The context stays the same in all steps of sampling, so its keys and values need to be computed
-    only once. If the network has a method `cache_context`, as `FastUNet` has, `Denoiser` calls it:
+    only once. If the network has a method `cache_context`, as `FastUNet` (networks/fast_unet.py)
+    has, `Denoiser` calls it:
 
         cache, mask = network.cache_context(context, mask)
 
-    In every step the network then receives this cache and this mask.
+    In every step the network then receives this cache and this mask. Such a network must also
+    accept the cache of 2 B captions with B images. Its output is then [2 B, C', H, W]: rows i and
+    B + i belong to image i, with captions i and B + i. Guidance uses this (guidance.py).
     """
 
     def __init__(self, network, to_prediction, context=None, mask=None, time_scale: int = 1):

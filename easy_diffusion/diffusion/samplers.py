@@ -5,33 +5,54 @@ from noise and visits a decreasing list of timesteps. One step goes from a times
 one in the list, s < t. The last step goes to s = -1, the clean image, where alpha_bar = 1. After
 every step the sampler yields a `Step`, which the caller can log or show.
 
+Below, x0, eps and log_variance are those of the Prediction at x_t. DDPM and DDIM need the beta of
+the whole jump from t to s, which is beta_t if s = t - 1, and the posterior variance beta_tilde:
+
+    beta_ts = 1 - alpha_bar_t / alpha_bar_s
+    beta_tilde = beta_ts (1 - alpha_bar_s) / (1 - alpha_bar_t)
+
 DDPM draws x_s from a Gaussian (Ho et al., "Denoising Diffusion Probabilistic Models", 2020, eq. 7):
 
     x_s = c_0 x0 + c_t x_t + std z,    z ~ N(0, I)
-    c_0 = sqrt(alpha_bar_s) beta / (1 - alpha_bar_t)
+    c_0 = sqrt(alpha_bar_s) beta_ts / (1 - alpha_bar_t)
     c_t = sqrt(alpha_bar_t / alpha_bar_s) (1 - alpha_bar_s) / (1 - alpha_bar_t)
-    beta = 1 - alpha_bar_t / alpha_bar_s
-    std² = exp(log_variance) if the Prediction has a log_variance; if it is None,
-           the posterior variance beta (1 - alpha_bar_s) / (1 - alpha_bar_t)
+    std² = beta_tilde if log_variance is None;
+           else exp(log_variance) (if s = t - 1; for longer steps see _ddpm_std)
 
-DDIM is deterministic for eta = 0. For eta = 1 it equals DDPM with the posterior variance
-(Song et al., "Denoising Diffusion Implicit Models", 2021, eq. 12 and 16):
+DDIM resembles x_t = alpha_t x0 + sigma_t eps: it adds as much noise as x_s contains, partly the
+predicted eps and partly new noise (Song et al., "Denoising Diffusion Implicit Models", 2021,
+eq. 12 and 16):
 
-    x_s = sqrt(alpha_bar_s) x0 + sqrt(1 - alpha_bar_s - std²) eps + std z
-    std² = eta² beta (1 - alpha_bar_s) / (1 - alpha_bar_t)
+    x_s = alpha_s x0 + sqrt(sigma_s² - std²) eps + std z
+    std² = eta² beta_tilde
 
-Without z, sampling solves an ordinary differential equation: dx̄/dσ̄ = eps(x̄, σ̄), with
-x̄ = x / alpha_t and σ̄ = sigma_t / alpha_t. DDIM is Euler's method for it, a method of first order.
-Two samplers are methods of second order:
+It is deterministic for eta = 0. For eta = 1 it equals DDPM with the posterior variance. Euler
+ancestral ("Euler a") is `ddim` with eta = 1.
+
+With eta = 0, DDIM solves an ordinary differential equation: dx̄/dσ̄ = eps(x̄, σ̄), with
+x̄_t = x_t / alpha_t and σ̄_t = sigma_t / alpha_t. It is Euler's method, a method of first order.
+Divide x_t = alpha_t x0 + sigma_t eps by alpha_t, and the step of DDIM by alpha_s:
+
+    x̄_t = x0 + σ̄_t eps
+    x̄_s = x0 + σ̄_s eps = x̄_t + (σ̄_s - σ̄_t) eps
+
+So `ddim_step` does not need x_t: x0 and eps determine it. Two samplers are methods of second order:
 
     Heun            x̄_s = x̄_t + (σ̄_s - σ̄_t) (eps_t + eps_s) / 2
                     eps_s: the prediction at the end of a DDIM step
 
-    DPM-Solver++    x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) x0'
+    DPM-Solver++    x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) x0_mid
                     λ = log(alpha / sigma),  h = λ_s - λ_t
-                    x0' = x0 + h / (2 h_prev) (x0 - x0_prev)
-                    x0_prev and h_prev are those of the previous step; x0' extrapolates x0
+                    x0_mid = x0 + h / (2 h_prev) (x0 - x0_prev)
+                    x0_prev and h_prev are those of the previous step; x0_mid extrapolates x0
                     to the middle of the current step
+
+The formula of DPM-Solver++ follows from DDIM. By the definition of λ, e^-h = σ̄_s / σ̄_t. Put
+eps = (x_t - alpha_t x0) / sigma_t into the DDIM step:
+
+    x_s = alpha_s x0 + sigma_s eps = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) x0
+
+DPM-Solver++ is this step with x0_mid in place of x0.
 
 (Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022,
 algorithm 1; Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic
@@ -39,24 +60,33 @@ Models", 2022, algorithm 2.)
 
 The file needs torch and numpy and, beside it, prediction.py; its examples also schedule.py.
 
->>> from .prediction import Prediction
+>>> from .prediction import Prediction, eps_from_x0
 >>> from .schedule import NoiseSchedule
->>> schedule = NoiseSchedule.cosine(1000)
+>>> schedule, shape = NoiseSchedule.cosine(1000), (2, 3, 8, 8)
 >>> def denoise(x_t, t):                                    # every clean image is grey
-...     return Prediction(x0=torch.zeros_like(x_t), eps=x_t)
->>> *_, last = ddim(denoise, schedule, shape=(2, 3, 8, 8), steps=5)
->>> last.index, last.t, last.x.shape
+...     x0 = torch.zeros_like(x_t)
+...     return Prediction(x0, eps_from_x0(x0, x_t, t, schedule))
+>>> *_, last_step = ddim(denoise, schedule, shape, steps=5)
+>>> last_step.index, last_step.t, last_step.x.shape
 (4, 199, torch.Size([2, 3, 8, 8]))
 
-A new sampler is a step function that `sampling_loop` calls, here deterministic DDIM:
+`*_, last_step` keeps every Step in memory until the last. For many steps use a for loop, which
+keeps the last one only.
+
+Every sampler accepts any choice of timesteps:
+
+>>> timesteps = karras_timesteps(schedule, 5)
+>>> *_, last_step = dpm_solver(denoise, schedule, shape, spacing=timesteps)
+
+A new sampler is a step function that `sampling_loop` calls, here deterministic DDIM. A step that
+needs memory or another network call is a closure, as in `dpm_solver` and `heun`.
 
 >>> def step(schedule, prediction, x_t, t, s, z):
-...     alpha_bar_s = schedule.alpha_bar_at(s)
-...     return alpha_bar_s ** 0.5 * prediction.x0 + (1 - alpha_bar_s) ** 0.5 * prediction.eps
+...     return schedule.alpha_at(s) * prediction.x0 + schedule.sigma_at(s) * prediction.eps
 >>> timesteps = spaced_timesteps(len(schedule), 5)
->>> *_, last = sampling_loop(step, denoise, schedule, timesteps, shape=(2, 3, 8, 8))
->>> last.index, last.t, last.x.shape
-(4, 199, torch.Size([2, 3, 8, 8]))
+>>> steps = sampling_loop(step, denoise, schedule, timesteps, shape=shape, stochastic=False)
+>>> [step.t for step in steps]
+[999, 799, 599, 399, 199]
 """
 
 import itertools
@@ -86,119 +116,12 @@ class Step(NamedTuple):
     x0: torch.Tensor
 
 
-# ---------------------------------------------------------------- timesteps
-
-
-def spaced_timesteps(num_timesteps: int, steps: int, spacing="trailing") -> list[int]:
-    """Choose `steps` of the timesteps 0 … num_timesteps - 1, in decreasing order.
-
-    spacing:
-        "trailing"   evenly spaced, counted down from num_timesteps - 1, so that sampling starts
-                     at the noisiest timestep (Lin et al., "Common diffusion noise schedules and
-                     sample steps are flawed", 2023, table 2).
-        "uniform"    evenly spaced, counted up from 0 in strides of num_timesteps // steps. The
-                     first timestep used is (steps - 1) · stride, below num_timesteps - 1
-                     (Song et al. 2021, appendix D.2; "leading" in diffusers).
-        "quadratic"  (num_timesteps - 1) u² for u evenly spaced in [0, 1], so denser at small t
-                     (same appendix; its authors' code goes up to 0.8 num_timesteps).
-        a list       these timesteps; `steps` is ignored.
-
-    Raises ValueError for an unknown spacing, for steps outside 1 … num_timesteps, and for a list
-    that does not decrease strictly or has a value outside 0 … num_timesteps - 1.
-    """
-    if not isinstance(spacing, str):
-        return _check_timesteps([int(t) for t in spacing], num_timesteps)
-    _check_steps(steps, num_timesteps)
-    if spacing == "trailing":
-        return [round(num_timesteps - i * num_timesteps / steps) - 1 for i in range(steps)]
-    if spacing == "uniform":
-        stride = num_timesteps // steps
-        return [i * stride for i in reversed(range(steps))]
-    if spacing == "quadratic":
-        if steps == 1:
-            return [num_timesteps - 1]
-        roots = [i / (steps - 1) for i in reversed(range(steps))]           # 1, …, 0
-        return round_timesteps([(num_timesteps - 1) * u ** 2 for u in roots], num_timesteps)
-    raise ValueError(
-        f'spacing must be "trailing", "uniform", "quadratic" or a list, not {spacing!r}'
-    )
-
-
-def karras_timesteps(schedule, steps: int, rho: float = 7.0, sigma_max: float = 80.0) -> list[int]:
-    """The timesteps nearest to the noise levels of Karras et al. 2022, eq. 5, in decreasing order.
-
-        σ̄_i = (high^(1/rho) + i / (steps - 1) (low^(1/rho) - high^(1/rho)))^rho
-        i = 0 … steps - 1,    σ̄ = sigma_t / alpha_t
-        low, high: the lowest and the highest σ̄ of the schedule, the latter at most sigma_max
-
-    schedule: a NoiseSchedule.
-    steps: how many timesteps, 1 … T.
-    rho: the larger, the more of them lie at low noise.
-    sigma_max: limit of `high`. The cosine schedule reaches a σ̄ of thousands, where x_t contains
-        practically no image.
-
-    Nearest is meant in log σ̄. No timestep occurs twice.
-    Raises ValueError if steps is not in 1 … T.
-    """
-    _check_steps(steps, len(schedule))
-    sigmas = (schedule.sigma_t / schedule.alpha_t).numpy()                  # σ̄ [T], increasing
-    root_high = min(sigmas[-1], sigma_max) ** (1 / rho)
-    root_low = sigmas[0] ** (1 / rho)
-    fractions = np.arange(steps) / max(steps - 1, 1)                        # 0, …, 1
-    levels = (root_high + fractions * (root_low - root_high)) ** rho        # σ̄_i [steps]
-
-    # Find the fractional t of each level: interpolate t linearly as a function of log σ̄.
-    # Leave out an infinite σ̄, which occurs where alpha_t = 0.
-    t_known = np.flatnonzero(np.isfinite(sigmas))
-    log_sigmas = np.log(sigmas[t_known])
-    t = np.interp(np.log(levels), log_sigmas, t_known)
-    return round_timesteps(t.tolist(), len(schedule))
-
-
-def round_timesteps(fractional: list[float], num_timesteps: int) -> list[int]:
-    """Round fractional timesteps to distinct integers in 0 … num_timesteps - 1.
-
-    fractional: at most num_timesteps values, in decreasing order.
-
-    Returns as many integers, in strictly decreasing order. Where several values round to the same
-    integer, the smallest value gets it, and the others get the next higher integers. At the upper
-    end, where no higher ones are left, the values move down instead.
-    """
-    rounded = []                                                            # in increasing order
-    for t in reversed(fractional):
-        lowest_free = rounded[-1] + 1 if rounded else 0
-        rounded.append(max(round(t), lowest_free))
-
-    # The largest may now exceed T - 1. Value i of n (i = 0 … n - 1) can be at most T - n + i.
-    limit = num_timesteps - len(rounded)                                    # T - n
-    rounded = [min(t, limit + i) for i, t in enumerate(rounded)]
-    return rounded[::-1]
-
-
-def _check_steps(steps: int, num_timesteps: int) -> None:
-    if not 1 <= steps <= num_timesteps:
-        raise ValueError(
-            f"steps must be 1 to {num_timesteps}, the length of the schedule, not {steps}"
-        )
-
-
-def _check_timesteps(timesteps: list[int], num_timesteps: int) -> list[int]:
-    decreasing = all(t > s for t, s in itertools.pairwise(timesteps))
-    in_range = all(0 <= t < num_timesteps for t in timesteps)
-    if not timesteps or not decreasing or not in_range:
-        raise ValueError(
-            f"timesteps must decrease strictly and lie in 0 to {num_timesteps - 1}, "
-            f"not {timesteps}"
-        )
-    return timesteps
-
-
 # ---------------------------------------------------------------- the loop
 
 
 @torch.no_grad()
 def sampling_loop(
-    step, denoise, schedule, timesteps: list[int], shape=None,
+    step, denoise, schedule, timesteps: list[int], *, shape=None,
     generator=None, device="cpu", dtype=torch.float32, x_T=None, stochastic: bool = True,
 ) -> Iterator[Step]:
     """Run a step function over a list of timesteps; the loop of every sampler in this file.
@@ -206,7 +129,9 @@ def sampling_loop(
     step: a function (schedule, prediction, x_t, t, s, z) -> x_s.
         prediction: the denoiser's Prediction at x_t.
         x_t, x_s: the sample before and after the step, [B, C, H, W].
-        t, s: the current and the next timestep, int; s = -1 in the last step.
+        t, s: the current and the next timestep, int; s = -1 in the last step. There
+            schedule.alpha_t[s] would be the last element, the noisiest timestep: use
+            schedule.alpha_at(s), sigma_at(s) and alpha_bar_at(s), which are 1, 0 and 1.
         z: new standard normal noise [B, C, H, W]; None if not stochastic.
     timesteps: strictly decreasing, for example from `spaced_timesteps`.
     stochastic: whether the step function needs z.
@@ -251,7 +176,8 @@ def ddpm(
     generator: source of all noise; None = PyTorch's default generator.
     device, dtype: of the samples, if x_T is None. dtype: float32 or float64; for half precision
         use autocast inside the denoiser.
-    x_T: initial noise [B, C, H, W]; None = drawn from the generator.
+    x_T: the initial noise [B, C, H, W]; None = drawn from the generator. The name is Ho et al.'s:
+        x_t at the first timestep of sampling.
 
     Yields one Step for each timestep; the last one's x is the sample. The last step returns its
     mean, without noise. (diffusers adds noise in the last step of the "trailing" spacing, unless
@@ -261,7 +187,8 @@ def ddpm(
         steps = len(schedule)
     timesteps = spaced_timesteps(len(schedule), steps, spacing)
     return sampling_loop(
-        ddpm_step, denoise, schedule, timesteps, shape, generator, device, dtype, x_T
+        ddpm_step, denoise, schedule, timesteps,
+        shape=shape, generator=generator, device=device, dtype=dtype, x_T=x_T,
     )
 
 
@@ -271,8 +198,8 @@ def ddpm_step(
     """One DDPM step from x_t to x_s with noise z, all [B, C, H, W]; without noise if s = -1."""
     alpha_bar_t = schedule.alpha_bar_at(t)
     alpha_bar_s = schedule.alpha_bar_at(s)
-    beta = 1 - alpha_bar_t / alpha_bar_s
-    c_0 = math.sqrt(alpha_bar_s) * beta / (1 - alpha_bar_t)
+    beta_ts = 1 - alpha_bar_t / alpha_bar_s
+    c_0 = math.sqrt(alpha_bar_s) * beta_ts / (1 - alpha_bar_t)
     c_t = math.sqrt(alpha_bar_t / alpha_bar_s) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
     mean = c_0 * prediction.x0 + c_t * x_t
     if s < 0:
@@ -285,7 +212,8 @@ def _ddpm_std(schedule, log_variance, t: int, s: int):
 
     log_variance: that of the step from t to t - 1, or None for the posterior variance beta_tilde.
         If s < t - 1, it is interpolated to lie at the same fraction between the bounds of the
-        step from t to s.
+        step from t to s. A longer step needs a larger variance, and the fraction is what networks
+        learn (Nichol & Dhariwal 2021, eq. 15).
     """
     lower, upper = _log_variance_bounds(schedule, t, s)
     if log_variance is None:
@@ -298,12 +226,12 @@ def _ddpm_std(schedule, log_variance, t: int, s: int):
 
 
 def _log_variance_bounds(schedule, t: int, s: int) -> tuple[float, float]:
-    """log beta_tilde and log beta, the lower and upper bound, for the step from t to s ≥ 0."""
+    """log beta_tilde and log beta_ts, the lower and upper bound, for the step from t to s ≥ 0."""
     alpha_bar_t = schedule.alpha_bar_at(t)
     alpha_bar_s = schedule.alpha_bar_at(s)
-    log_beta = math.log(1 - alpha_bar_t / alpha_bar_s)
-    log_beta_tilde = log_beta + math.log((1 - alpha_bar_s) / (1 - alpha_bar_t))
-    return log_beta_tilde, log_beta
+    log_beta_ts = math.log(1 - alpha_bar_t / alpha_bar_s)
+    log_beta_tilde = log_beta_ts + math.log((1 - alpha_bar_s) / (1 - alpha_bar_t))
+    return log_beta_tilde, log_beta_ts
 
 
 def ddim(
@@ -312,7 +240,8 @@ def ddim(
 ) -> Iterator[Step]:
     """DDIM, deterministic or stochastic.
 
-    eta: 0 … 1. With 0 the samples depend on x_T alone; 1 is DDPM with the posterior variance.
+    eta: 0 … 1. With 0 the samples depend on x_T alone; 1 is DDPM with the posterior variance, and
+        Euler ancestral.
 
     Other arguments and yielded Steps: as for `ddpm`; steps cannot be None.
     Raises ValueError if eta is not in 0 … 1.
@@ -321,8 +250,8 @@ def ddim(
         raise ValueError(f"eta must be 0 (deterministic) to 1 (DDPM), not {eta}")
     timesteps = spaced_timesteps(len(schedule), steps, spacing)
     return sampling_loop(
-        partial(ddim_step, eta=eta), denoise, schedule, timesteps,
-        shape, generator, device, dtype, x_T, stochastic=eta > 0,
+        partial(ddim_step, eta=eta), denoise, schedule, timesteps, shape=shape,
+        generator=generator, device=device, dtype=dtype, x_T=x_T, stochastic=eta > 0,
     )
 
 
@@ -330,13 +259,14 @@ def ddim_step(
     schedule, prediction, x_t: torch.Tensor, t: int, s: int, z: torch.Tensor | None, eta: float
 ) -> torch.Tensor:
     """One DDIM step from x_t to x_s with noise z, all [B, C, H, W]; z is not used if eta = 0."""
-    alpha_bar_t = schedule.alpha_bar_at(t)
-    alpha_bar_s = schedule.alpha_bar_at(s)
-    beta = 1 - alpha_bar_t / alpha_bar_s
-    std = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * beta)
+    alpha_s = schedule.alpha_at(s)
+    sigma_t = schedule.sigma_at(t)
+    sigma_s = schedule.sigma_at(s)
+    beta_ts = 1 - schedule.alpha_bar_at(t) / schedule.alpha_bar_at(s)
+    std = eta * sigma_s / sigma_t * math.sqrt(beta_ts)
     # max: rounding may make the difference slightly negative
-    coef_eps = math.sqrt(max(1 - alpha_bar_s - std ** 2, 0.0))
-    x_s = math.sqrt(alpha_bar_s) * prediction.x0 + coef_eps * prediction.eps
+    coef_eps = math.sqrt(max(sigma_s ** 2 - std ** 2, 0.0))
+    x_s = alpha_s * prediction.x0 + coef_eps * prediction.eps
     return x_s + std * z if eta > 0 else x_s
 
 
@@ -347,7 +277,8 @@ def dpm_solver(
     """DPM-Solver++ (2M): a multistep method of second order, one network call per step.
 
     stochastic: if True, the SDE variant, which adds noise in each step:
-        x_s = (sigma_s / sigma_t) e^-h x_t + alpha_s (1 - e^-2h) x0' + sigma_s sqrt(1 - e^-2h) z
+        x_s = (sigma_s / sigma_t) e^-h x_t + alpha_s (1 - e^-2h) x0_mid + sigma_s sqrt(1 - e^-2h) z
+        With x0 in place of x0_mid it is DDIM with eta = 1.
 
     Other arguments and yielded Steps: as for `ddpm`; steps cannot be None.
     The first step is of first order, since it has no previous step. So is the last one, as in
@@ -366,27 +297,28 @@ def dpm_solver(
         # h / h_prev is 0 in the next step, which therefore does not extrapolate.
         h = float(compute_lambda(schedule, s) - compute_lambda(schedule, t))
         x0 = prediction.x0
-        if x0_prev is not None:
-            x0 = x0 + h / (2 * h_prev) * (x0 - x0_prev)
-        x0_prev = prediction.x0
+        x0_mid = x0 if x0_prev is None else x0 + h / (2 * h_prev) * (x0 - x0_prev)
+        x0_prev = x0
         h_prev = h
 
         # The update; math.expm1(x) is e^x - 1.
-        alpha_s = float(schedule.alpha_t[s])
-        sigma_s = float(schedule.sigma_t[s])
-        sigma_ratio = float(schedule.sigma_t[s] / schedule.sigma_t[t])
+        alpha_s = schedule.alpha_at(s)
+        sigma_s = schedule.sigma_at(s)
+        sigma_ratio = sigma_s / schedule.sigma_at(t)
         if not stochastic:
-            return sigma_ratio * x_t - alpha_s * math.expm1(-h) * x0
-        noise_fraction = -math.expm1(-2 * h)            # how much of sigma_s² is new noise
+            one_minus_exp = -math.expm1(-h)             # 1 - e^-h
+            return sigma_ratio * x_t + alpha_s * one_minus_exp * x0_mid
+        noise_fraction = -math.expm1(-2 * h)            # 1 - e^-2h: part of sigma_s² that is new
         return (
             sigma_ratio * math.exp(-h) * x_t
-            + alpha_s * noise_fraction * x0
+            + alpha_s * noise_fraction * x0_mid
             + sigma_s * math.sqrt(noise_fraction) * z
         )
 
     timesteps = spaced_timesteps(len(schedule), steps, spacing)
     return sampling_loop(
-        step, denoise, schedule, timesteps, shape, generator, device, dtype, x_T, stochastic
+        step, denoise, schedule, timesteps, shape=shape,
+        generator=generator, device=device, dtype=dtype, x_T=x_T, stochastic=stochastic,
     )
 
 
@@ -402,6 +334,10 @@ def heun(
     """Heun's method of second order: two network calls per step, one in the last step.
 
     spacing: as for `ddpm`; None = `karras_timesteps(schedule, steps)`, with σ̄ of at most 80.
+        The correction of a step is proportional to its length in σ̄, and so are the errors of the
+        correction. Of 18 evenly spaced timesteps of the cosine schedule the first step goes from a
+        σ̄ of 20291 to 11. The other samplers have no factor of this kind, so only heun has this
+        default.
 
     Other arguments and yielded Steps: as for `ddpm`; steps cannot be None.
     """
@@ -409,11 +345,11 @@ def heun(
         x_s = ddim_step(schedule, prediction, x_t, t, s, z, eta=0.0)
         # No second-order correction where it is undefined: σ̄_t = ∞ if alpha_t = 0, and there is
         # no prediction at s = -1.
-        if s < 0 or schedule.alpha_t[t] == 0:
+        if s < 0 or schedule.alpha_at(t) == 0:
             return x_s
-        alpha_s = float(schedule.alpha_t[s])
-        sigma_bar_t = float(schedule.sigma_t[t] / schedule.alpha_t[t])
-        sigma_bar_s = float(schedule.sigma_t[s] / schedule.alpha_t[s])
+        alpha_s = schedule.alpha_at(s)
+        sigma_bar_t = schedule.sigma_at(t) / schedule.alpha_at(t)
+        sigma_bar_s = schedule.sigma_at(s) / alpha_s
         prediction_s = denoise(x_s, torch.full((len(x_s),), s, device=x_s.device))
         # The DDIM step is x̄_t + (σ̄_s - σ̄_t) eps_t. To replace eps_t by (eps_t + eps_s) / 2, add
         # (σ̄_s - σ̄_t) (eps_s - eps_t) / 2; the factor alpha_s turns x̄_s into x_s.
@@ -423,5 +359,115 @@ def heun(
         spacing = karras_timesteps(schedule, steps)
     timesteps = spaced_timesteps(len(schedule), steps, spacing)
     return sampling_loop(
-        step, denoise, schedule, timesteps, shape, generator, device, dtype, x_T, stochastic=False
+        step, denoise, schedule, timesteps, shape=shape,
+        generator=generator, device=device, dtype=dtype, x_T=x_T, stochastic=False,
     )
+
+
+# ---------------------------------------------------------------- timesteps
+
+
+def spaced_timesteps(num_timesteps: int, steps: int, spacing="trailing") -> list[int]:
+    """Choose `steps` of the timesteps 0 … num_timesteps - 1, in decreasing order.
+
+    spacing:
+        "trailing"   evenly spaced, counted down from num_timesteps - 1, so that sampling starts
+                     at the noisiest timestep (Lin et al., "Common diffusion noise schedules and
+                     sample steps are flawed", 2023, table 2).
+        "uniform"    evenly spaced, counted up from 0 in strides of num_timesteps // steps. The
+                     first timestep used is (steps - 1) · stride, below num_timesteps - 1
+                     (Song et al. 2021, appendix D.2; "leading" in diffusers).
+        "quadratic"  (num_timesteps - 1) u² for u evenly spaced in [0, 1], so denser at small t
+                     (same appendix; its authors' code goes up to 0.8 num_timesteps).
+        a list       these timesteps; `steps` is ignored.
+
+    Raises ValueError for an unknown spacing, for steps outside 1 … num_timesteps, and for a list
+    that does not decrease strictly or has a value outside 0 … num_timesteps - 1.
+    """
+    if not isinstance(spacing, str):
+        return _check_timesteps([int(t) for t in spacing], num_timesteps)
+    _check_steps(steps, num_timesteps)
+    if spacing == "trailing":
+        return [round(num_timesteps - i * num_timesteps / steps) - 1 for i in range(steps)]
+    if spacing == "uniform":
+        stride = num_timesteps // steps
+        return [i * stride for i in reversed(range(steps))]
+    if spacing == "quadratic":
+        if steps == 1:
+            return [num_timesteps - 1]
+        roots = [i / (steps - 1) for i in reversed(range(steps))]           # 1, …, 0
+        return round_timesteps([(num_timesteps - 1) * u ** 2 for u in roots], num_timesteps)
+    raise ValueError(
+        f'spacing must be "trailing", "uniform", "quadratic" or a list, not {spacing!r}'
+    )
+
+
+def karras_timesteps(
+    schedule, steps: int, rho: float = 7.0, sigma_bar_max: float = 80.0
+) -> list[int]:
+    """The timesteps nearest to the noise levels of Karras et al. 2022, eq. 5, in decreasing order.
+
+        σ̄_i = (high^(1/rho) + i / (steps - 1) (low^(1/rho) - high^(1/rho)))^rho
+        i = 0 … steps - 1,    σ̄ = sigma_t / alpha_t
+        low, high: the lowest and the highest σ̄ of the schedule, the latter at most sigma_bar_max
+
+    schedule: a NoiseSchedule.
+    steps: how many timesteps, 1 … T.
+    rho: the larger, the more of them lie at low noise.
+    sigma_bar_max: limit of `high`. The cosine schedule reaches a σ̄ of thousands, where x_t contains
+        practically no image.
+
+    Nearest is meant in log σ̄. No timestep occurs twice.
+    Raises ValueError if steps is not in 1 … T.
+    """
+    _check_steps(steps, len(schedule))
+    sigma_bar = (schedule.sigma_t / schedule.alpha_t).numpy()               # σ̄ [T], increasing
+    root_high = min(sigma_bar[-1], sigma_bar_max) ** (1 / rho)
+    root_low = sigma_bar[0] ** (1 / rho)
+    fractions = np.arange(steps) / max(steps - 1, 1)                        # 0, …, 1
+    levels = (root_high + fractions * (root_low - root_high)) ** rho        # σ̄_i [steps]
+
+    # Find the fractional t of each level: interpolate t linearly as a function of log σ̄.
+    # Leave out an infinite σ̄, which occurs where alpha_t = 0.
+    t_known = np.flatnonzero(np.isfinite(sigma_bar))
+    log_sigma_bar = np.log(sigma_bar[t_known])
+    t = np.interp(np.log(levels), log_sigma_bar, t_known)
+    return round_timesteps(t.tolist(), len(schedule))
+
+
+def round_timesteps(fractional: list[float], num_timesteps: int) -> list[int]:
+    """Round fractional timesteps to distinct integers in 0 … num_timesteps - 1.
+
+    fractional: at most num_timesteps values, in decreasing order.
+
+    Returns as many integers, in strictly decreasing order. Where several values round to the same
+    integer, the smallest value gets it, and the others get the next higher integers. At the upper
+    end, where no higher ones are left, the values move down instead.
+    """
+    rounded = []                                                            # in increasing order
+    for t in reversed(fractional):
+        lowest_free = rounded[-1] + 1 if rounded else 0
+        rounded.append(max(round(t), lowest_free))
+
+    # The largest may now exceed T - 1. Value i of n (i = 0 … n - 1) can be at most T - n + i.
+    limit = num_timesteps - len(rounded)                                    # T - n
+    rounded = [min(t, limit + i) for i, t in enumerate(rounded)]
+    return rounded[::-1]
+
+
+def _check_steps(steps: int, num_timesteps: int) -> None:
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(
+            f"steps must be 1 to {num_timesteps}, the length of the schedule, not {steps}"
+        )
+
+
+def _check_timesteps(timesteps: list[int], num_timesteps: int) -> list[int]:
+    decreasing = all(t > s for t, s in itertools.pairwise(timesteps))
+    in_range = all(0 <= t < num_timesteps for t in timesteps)
+    if not timesteps or not decreasing or not in_range:
+        raise ValueError(
+            f"timesteps must decrease strictly and lie in 0 to {num_timesteps - 1}, "
+            f"not {timesteps}"
+        )
+    return timesteps

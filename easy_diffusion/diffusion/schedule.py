@@ -15,8 +15,14 @@ in one step:
 
 Notation:
 - Timesteps run from t = 0, the least noise, to t = T - 1. Our t is Ho et al.'s t - 1.
-- x0 is the clean image, without noise. Samplers end at x0 and call it t = -1.
+- x0 is the clean image, without noise. Samplers end at x0 and call it t = -1. x0 is not x_t at
+  t = 0: that already contains a little noise.
 - alpha_t is the factor of x0, as in DPM-Solver. Ho et al. write alpha_t for 1 - beta_t.
+- The bar of alpha_bar means a product. That of x̄ and σ̄ in samplers.py means divided by alpha_t.
+- Each of these values depends on t. The attributes `alpha_bar`, `alpha_t` and `sigma_t` of a
+  schedule are arrays that hold the values of all T timesteps.
+- sigma has three meanings in papers: our sigma_t; sigma_t / alpha_t, in Karras et al. (our σ̄);
+  and the standard deviation of the noise that a step adds, in DDPM and DDIM (our std).
 - SNR_t = alpha_t² / sigma_t² is the signal-to-noise ratio.
 
 A schedule is defined by its T betas. Each constructor below is one published choice. All values
@@ -25,7 +31,8 @@ are float64.
 The defaults of `linear`, `quad`, `sigmoid` and `const` are made for T of about 1000. With T = 100
 they end far from pure noise: alpha_bar of the last timestep is 0.36 for `linear`. Sampling, which
 starts from pure noise, then fails. For a small T use `cosine`, or `jsd`, in which alpha_bar
-decreases linearly to zero (the initials of J. Sohl-Dickstein, its author).
+decreases linearly to zero (the initials of J. Sohl-Dickstein, its author). `jsd` ends at SNR 0:
+train with "v" or "x0".
 
 Even with T = 1000 most schedules end at an SNR above zero; in Stable Diffusion's schedule the
 last alpha_t is 0.07. A network trained with it never sees pure noise, although sampling starts
@@ -111,6 +118,8 @@ class NoiseSchedule:
 
         (J. Sohl-Dickstein et al., "Deep Unsupervised Learning using Nonequilibrium
         Thermodynamics", 2015, section 2.4.1, where it is used for binomial data.)
+
+        It ends at SNR 0: train with prediction type "v" or "x0", see `zero_terminal_snr`.
         """
         return cls(1 / torch.arange(num_timesteps, 0, -1, dtype=torch.float64))
 
@@ -168,6 +177,14 @@ class NoiseSchedule:
     def alpha_bar_at(self, t: int) -> float:
         """alpha_bar at timestep t; 1.0 at t = -1, the clean image, where samplers end."""
         return float(self.alpha_bar[t]) if t >= 0 else 1.0
+
+    def alpha_at(self, t: int) -> float:
+        """alpha_t at timestep t; 1.0 at t = -1, where the element alpha_t[-1] would be wrong."""
+        return float(self.alpha_t[t]) if t >= 0 else 1.0
+
+    def sigma_at(self, t: int) -> float:
+        """sigma_t at timestep t; 0.0 at t = -1, where the element sigma_t[-1] would be wrong."""
+        return float(self.sigma_t[t]) if t >= 0 else 0.0
 
     def alpha_sigma(self, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha_t and sigma_t at the timesteps of a batch, in a shape that multiplies x.

@@ -14,7 +14,7 @@ In reading order:
 The folder copies out alone. It needs torch and safetensors; CnClipEncoder also needs cn_clip.
 """
 
-from .attention_kernels import attention_weights, scaled_dot_product_attention
+from .attention_kernels import attend, attention_weights
 from .autoencoder import Autoencoder, Posterior, load_autoencoder, save_autoencoder
 from .blocks import (
     Attention,
@@ -58,6 +58,7 @@ __all__ = [
     "TransformerBlock",
     "UNet",
     "Upsample",
+    "attend",
     "attention_weights",
     "check_settings",
     "load_autoencoder",
@@ -71,6 +72,5 @@ __all__ = [
     "save_autoencoder",
     "save_stable_diffusion",
     "save_tree",
-    "scaled_dot_product_attention",
     "timestep_embedding",
 ]

@@ -3,18 +3,19 @@
     residual block   x + conv(silu(norm(conv(silu(norm(x))) + time)))     He et al. 2016; Ho et al.
                                                                           2020, appendix B
     attention        softmax(Q Kᵀ / sqrt(d)) V                            Vaswani et al. 2017, eq. 1
-    GEGLU            (x W) · gelu(x V), then a linear layer               Shazeer, "GLU Variants
+    GEGLU            gelu(x W) ⊙ (x V), then a linear layer               Shazeer, "GLU Variants
                                                                           Improve Transformer", 2020
-    time embedding   [cos(t ω_i), sin(t ω_i)], ω_i = 10000^(-i / (d/2))   Vaswani et al. 2017,
-                                                                          section 3.5
+    time embedding   [cos(t ω_i), sin(t ω_i)], i = 0, …, dim/2 - 1,       Vaswani et al. 2017,
+                     ω_i = 10000^(-i / (dim/2))                           section 3.5
 
 In self-attention the positions of the image attend to each other. In cross-attention they attend to
 the context: the queries come from the image, the keys and values from the token embeddings of the
-caption. The last layer of each branch is initialised to zero, so that a new block passes its input
-on unchanged (Dhariwal & Nichol 2021; Bachlechner et al. 2020).
+caption. The last layers of ResidualBlock and of SpatialTransformer are initialised to zero, so that
+a new one adds zero to its shortcut (Dhariwal & Nichol 2021; Bachlechner et al. 2020).
 
-Shapes: B images, C channels, H·W positions, L tokens of dimension D, N queries, d channels of each
-head. The file needs torch and, beside it, attention_kernels.py.
+Shapes: B images, C channels, H·W positions, L tokens of dimension D, N queries, d = C / heads
+channels of each head; in the table, dim is the dimension of the time embedding and ⊙ the
+elementwise product. The file needs torch and, beside it, attention_kernels.py.
 
 >>> x = torch.randn(2, 64, 8, 8)
 >>> time_embedding = torch.randn(2, 256)
@@ -30,12 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention_kernels import scaled_dot_product_attention
+from .attention_kernels import attend
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Sinusoidal embedding of timesteps t [B] → float32 [B, dim]: all cosines, then all sines.
 
+    t: timesteps on the scale 0 … 1000 (fractions allowed), not 0 … 1.
     The dim/2 frequencies fall geometrically from 1 to 1/10000 (exclusive); dim is even.
     """
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -55,7 +57,8 @@ class ResidualBlock(nn.Module):
 
     time_dim: dimension of the time embedding, which is projected and added between the
         convolutions; None for a block without time, as in an autoencoder.
-    groups, eps: of the group normalisations; both channel counts must be multiples of `groups`.
+    groups, eps: of the group normalisations; both channel counts must be multiples of `groups`,
+        and with a time embedding, out_channels should be 2 · groups or more, see norm2.
     """
 
     def __init__(
@@ -70,7 +73,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        # Projection of the time embedding to one value a channel
         self.time = nn.Linear(time_dim, out_channels) if time_dim is not None else None
+        # norm2 subtracts the mean of each group. In a group of a single channel that removes what
+        # the time embedding added, so 32 groups should have 64 channels or more.
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -95,7 +101,8 @@ class Attention(nn.Module):
     bias: whether the projections to queries, keys and values have a bias.
 
     `forward` takes a context [B, L, D], or [1, L, D] for all images, and a mask bool [B, L] or
-    [1, L], True = a token that may be attended to.
+    [1, L], True = a token that may be attended to, with at least one True in each row, since a
+    softmax over no keys is NaN; even an empty caption has its start token.
     """
 
     def __init__(
@@ -115,8 +122,8 @@ class Attention(nn.Module):
         q = self.split_heads(self.to_q(x))  # [B, heads, N, d]
         k = self.split_heads(self.to_k(context))  # [B, heads, L, d]
         v = self.split_heads(self.to_v(context))  # [B, heads, L, d]
-        # softmax(Q Kᵀ / sqrt(d)) V
-        out = scaled_dot_product_attention(q, k, v, mask)  # [B, heads, N, d]
+        # softmax(Q Kᵀ / sqrt(d)) V, the same numbers as plain_attention of attention_kernels.py
+        out = attend(q, k, v, mask)  # [B, heads, N, d]
         return self.to_out(out.transpose(1, 2).flatten(2))  # [B, N, C]
 
     def split_heads(self, y):
@@ -125,18 +132,20 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU, (x W) · gelu(x V), and a linear layer: [B, N, C] → [B, N, C].
+    """GEGLU, gelu(x W) ⊙ (x V), and a linear layer: [B, N, C] → [B, N, C].
 
-    W and V are the two halves of `into`; each has expansion · C outputs.
+    W computes the gate and V the value; ⊙ is the elementwise product.
+    expansion: W and V have expansion · C outputs each.
     """
 
     def __init__(self, dim: int, expansion: int = 4):
         super().__init__()
+        # V and W in one layer: its outputs are first the value, then the gate
         self.into = nn.Linear(dim, dim * expansion * 2)
         self.out = nn.Linear(dim * expansion, dim)
 
     def forward(self, x):
-        value, gate = self.into(x).chunk(2, dim=-1)  # [B, N, 4C] each
+        value, gate = self.into(x).chunk(2, dim=-1)  # [B, N, expansion · C] each
         return self.out(value * F.gelu(gate))  # [B, N, C]
 
 

@@ -7,17 +7,22 @@ two ways:
                                prepares it once, and each cross-attention then computes its keys
                                and values once. Tokens that are padding in all captions are
                                removed.
-    k captions an image        Guidance needs the outputs of the same images for two captions.
-                               Before the first cross-attention they are equal, and are computed
-                               once.
+    M captions an image        Guidance needs the outputs of the same images for M = 2 captions.
+                               Up to the first cross-attention they are equal, and are computed
+                               once. With pooled=True the caption is already in the time embedding:
+                               only the first convolution is computed once.
 
-`Denoiser` and `guided` call `cache_context` of a network that has it. No number depends on it: to
-read how the network works, read unet.py.
+`Denoiser` (diffusion/prediction.py) and `guided` (diffusion/guidance.py) call `cache_context` of a
+network that has it. No number depends on it: to read how the network works, read unet.py.
+
+Shapes: B images, M captions an image, so M·B captions, or a single one for all images; C channels,
+L tokens of dimension D, heads of d channels. In the methods that are written out from unet.py and
+blocks.py, a comment "differs" marks each line that is not the same there.
 
 The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py, unet.py,
 stable_diffusion_weights.py and weights_io.py.
 
->>> unet = UNet(channels=(32, 64), context_dim=16)
+>>> unet = UNet(channels=(64, 128), context_dim=16)
 >>> network = FastUNet(unet)
 >>> x_t, t = torch.randn(2, 3, 16, 16), torch.tensor([10, 500])
 >>> cache, mask = network.cache_context(torch.randn(4, 5, 16))      # two captions an image
@@ -29,18 +34,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention_kernels import scaled_dot_product_attention
+from .attention_kernels import attend
 from .blocks import ResidualBlock, SpatialTransformer, timestep_embedding
 from .unet import UNet, masked_mean
 
 
 class FastUNet(nn.Module):
-    """(x_t [B, in_channels, H, W], t [B], context, mask) → [k·B, out_channels, H, W].
+    """(x_t [B, in_channels, H, W], t [B], context, mask) → [M·B, out_channels, H, W].
 
     unet: the UNet, whose weights it uses.
 
     `forward` takes the pair that `cache_context` returns as context and mask, or tensors as UNet
-    does: context [1 or k·B, L, D] and mask bool [1 or k·B, L]. The first B captions are for the B
+    does: context [M·B or 1, L, D] and mask bool [M·B or 1, L]. The first B captions are for the B
     images, the next B captions for the same images again, and so on.
 
     Raises ValueError for sizes that do not fit, as UNet does.
@@ -60,7 +65,9 @@ class FastUNet(nn.Module):
         return self.unet.size_multiple
 
     def cache_context(self, context: torch.Tensor, mask: torch.Tensor | None = None):
-        """Prepare a context [N, L, D] and its mask bool [N, L] for many calls of `forward`.
+        """Prepare a context [M·B or 1, L, D] and its mask bool for many calls of `forward`.
+
+        mask: [M·B or 1, L], at least one True in each row; None = all.
 
         Returns (KeyValueCache, mask without the tokens that are padding in all captions).
         """
@@ -79,23 +86,27 @@ class FastUNet(nn.Module):
         check_captions_per_image(len(context), len(x))
         unet.check_size(x)
 
-        # h has B rows before the first layer that depends on the caption and k·B from there on.
+        # `UNet.forward`, with the `apply_stage` of this file. h has B rows before the first layer
+        # that depends on the caption, and M·B from there on.
         dtype = unet.conv_in.weight.dtype
-        time_embedding = unet.time(timestep_embedding(t, unet.channels[0]).to(dtype))  # [B, 4 C]
+        # Time embedding, [B or M·B, 4·channels[0]]
+        time_embedding = unet.time(timestep_embedding(t, unet.channels[0]).to(dtype))
         if unet.pool is not None:
-            pooled = unet.pool(masked_mean(context.context, mask))  # [k·B or 1, 4 C]
+            pooled = unet.pool(masked_mean(context.context, mask))
+            # differs: B time embeddings become one for each caption
             time_embedding = repeat_batch(time_embedding, len(pooled)) + pooled
-        h = unet.conv_in(F.pixel_unshuffle(x.to(dtype), unet.patch))  # [B, C, H/p, W/p]
+        h = unet.conv_in(F.pixel_unshuffle(x.to(dtype), unet.patch))  # [B, channels[0], H/p, W/p]
         skips = [h]
-        for layers in unet.down:
-            h = apply_block(layers, h, time_embedding, context, mask)
+        for stage in unet.down:
+            h = apply_stage(stage, h, time_embedding, context, mask)
             skips.append(h)
-        h = apply_block(unet.middle, h, time_embedding, context, mask)
-        for layers in unet.up:
-            skip = repeat_batch(skips.pop(), len(h))
-            h = apply_block(layers, torch.cat([h, skip], dim=1), time_embedding, context, mask)
-        h = unet.conv_out(F.silu(unet.norm_out(h)))  # [k·B, C' p², H/p, W/p]
-        return F.pixel_shuffle(h, unet.patch)  # [k·B, C', H, W]
+        h = apply_stage(unet.middle, h, time_embedding, context, mask)
+        for stage in unet.up:
+            skip = repeat_batch(skips.pop(), len(h))  # differs: a skip may have B rows
+            h = torch.cat([h, skip], dim=1)
+            h = apply_stage(stage, h, time_embedding, context, mask)
+        h = unet.conv_out(F.silu(unet.norm_out(h)))  # [M·B, out_channels·p², H/p, W/p]
+        return F.pixel_shuffle(h, unet.patch)  # [M·B, out_channels, H, W]
 
 
 def make_fast(network):
@@ -107,7 +118,7 @@ def make_fast(network):
 
 
 class KeyValueCache:
-    """A context [N, L, D] that stays the same over sampling steps, with its keys and values.
+    """A context [M·B or 1, L, D] that stays the same over sampling steps, with its keys and values.
 
     Each attention layer computes its keys and values once and finds them here at the following
     steps. They are computed again if the dtype or the layer's weights have changed, and always
@@ -123,7 +134,7 @@ class KeyValueCache:
 
     @torch.compiler.disable
     def project_keys_values(self, attention, dtype):
-        """Keys and values of the context for one attention layer, [N, heads, L, d] each.
+        """Keys and values of the context for one attention layer, [M·B or 1, heads, L, d] each.
 
         dtype: of the queries.
         """
@@ -140,7 +151,7 @@ class KeyValueCache:
 
 
 def project_keys_values(attention, context):
-    """Keys and values of a context [N, L, D], [N, heads, L, d] each."""
+    """Keys and values of a context [M·B or 1, L, D], [M·B or 1, heads, L, d] each."""
     k = attention.split_heads(attention.to_k(context))
     v = attention.split_heads(attention.to_v(context))
     return k, v
@@ -155,37 +166,40 @@ def weight_version(weight: torch.Tensor) -> tuple[int, int]:
 # ---------------------------------------------------------------- the layers, with cached contexts
 
 
-def apply_block(layers, h, time_embedding, cache, mask):
-    """`apply_block` of unet.py for h [B or k·B, C, H, W]."""
-    for layer in layers:
+def apply_stage(stage, h, time_embedding, cache, mask):
+    """`apply_stage` of unet.py for h [B or M·B, C, H, W]."""
+    for layer in stage:
         if isinstance(layer, ResidualBlock):
+            # differs: with pooled=True there is a time embedding for each caption
             h = layer(repeat_batch(h, len(time_embedding)), repeat_batch(time_embedding, len(h)))
         elif isinstance(layer, SpatialTransformer):
-            h = apply_transformer(layer, h, cache, mask)
+            h = apply_transformer(layer, h, cache, mask)  # differs: the function below
         else:
             h = layer(h)
     return h
 
 
 def apply_transformer(layer, x, cache, mask):
-    """`SpatialTransformer.forward` with cached keys and values: x [B or k·B, C, H, W]."""
+    """`SpatialTransformer.forward` with cached keys and values: x [B or M·B, C, H, W]."""
     block = layer.block
     h = layer.proj_in(layer.norm(x)).flatten(2).transpose(1, 2)  # [B, H·W, C]
     h = h + block.self_attention(block.norm1(h))
-    h = repeat_batch(h, len(cache))  # [k·B, H·W, C]
+    h = repeat_batch(h, len(cache))  # [M·B, H·W, C]; differs: from here on one h a caption
     if block.has_cross_attention:
+        # differs: the function below
         h = h + attend_to_cache(block.cross_attention, block.norm2(h), cache, mask)
     h = h + block.feed_forward(block.norm3(h))
-    h = layer.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))  # [k·B, C, H, W]
-    return repeat_batch(x, len(h)) + h
+    h = layer.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))  # [M·B, C, H, W]
+    return repeat_batch(x, len(h)) + h  # differs: x may have B rows
 
 
 def attend_to_cache(attention, x, cache, mask):
-    """`Attention.forward` with cached keys and values: x [k·B, N, C] → [k·B, N, C]."""
-    q = attention.split_heads(attention.to_q(x))  # [k·B, heads, N, d]
-    k, v = cache.project_keys_values(attention, q.dtype)  # [k·B or 1, heads, L, d] each
-    out = scaled_dot_product_attention(q, k, v, mask)  # [k·B, heads, N, d]
-    return attention.to_out(out.transpose(1, 2).flatten(2))  # [k·B, N, C]
+    """`Attention.forward` with cached keys and values: x [M·B, H·W, C] → [M·B, H·W, C]."""
+    q = attention.split_heads(attention.to_q(x))  # [M·B, heads, H·W, d]
+    # differs: keys and values from the cache, [M·B or 1, heads, L, d] each
+    k, v = cache.project_keys_values(attention, q.dtype)
+    out = attend(q, k, v, mask)  # [M·B, heads, H·W, d]
+    return attention.to_out(out.transpose(1, 2).flatten(2))  # [M·B, H·W, C]
 
 
 def repeat_batch(y: torch.Tensor, batch: int) -> torch.Tensor:
@@ -196,7 +210,7 @@ def repeat_batch(y: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def check_captions_per_image(captions: int, images: int) -> None:
-    """Raise ValueError unless there is one caption for all images, or k for each."""
+    """Raise ValueError unless there is one caption for all images, or M for each."""
     if captions != 1 and captions % images:
         raise ValueError(
             f"a context of {captions} captions does not fit {images} images: "

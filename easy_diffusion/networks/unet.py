@@ -1,18 +1,35 @@
 """UNet: the network that predicts eps, x0 or v from a noisy image, its timestep and a context.
 
-Each level of the way down holds residual blocks, with attention where wanted, and halves the image.
-Each level of the way up doubles it. A block on the way up also receives the output of the block of
-the same size on the way down, concatenated along the channels (Ronneberger et al., "U-Net", 2015;
-Ho et al., "Denoising Diffusion Probabilistic Models", 2020, appendix B). The context enters by
+Each level holds residual blocks, with attention where wanted. Between two levels, Downsample halves
+the image and Upsample doubles it. A residual block on the way up also receives an output of the
+same size from the way down, concatenated along the channels (Ronneberger et al., "U-Net", 2015; Ho
+et al., "Denoising Diffusion Probabilistic Models", 2020, appendix B). The context enters by
 cross-attention (Rombach et al., "Latent Diffusion", 2022, section 3.3).
 
-    x_t [B, C, H, W]                                     output [B, C', H, W]
-      │ patches, conv                                      ▲ conv, pixels
-    level 0  ────────────── skip connections ──────────▶ level 0
-      │ down                                               ▲ up
-    level 1  ────────────── skip connections ──────────▶ level 1
-      │ down                                               ▲ up
-      …      ─────────────────── middle ───────────────▶   …
+    x_t [B, in_channels, H, W]                            output [B, out_channels, H, W]
+      │ patches, conv_in                                    ▲ conv_out, pixels
+    level 0  ─────────────── skip connections ──────────▶ level 0
+      │ Downsample                                          ▲ Upsample
+    level 1  ─────────────── skip connections ──────────▶ level 1
+      │ Downsample                                          ▲ Upsample
+      …                                                     …
+    coarsest level  ──────── skip connections ──────────▶ coarsest level
+      │                                                     ▲
+      └──────────────────────── middle ─────────────────────┘
+
+The layers stand in stages. A stage is a residual block and, where wanted, a transformer; on the way
+down it ends in an output that is stored, on the way up it begins with one that was stored. A level
+stores blocks + 1 outputs: those of its own stages, and before them what entered the level, the
+output of conv_in or of Downsample. So the way up has blocks + 1 stages a level. Downsample is a
+stage of its own, because its output is stored, too. Upsample takes no stored output, so it is the
+last layer of the stage before it. The middle is a stage that neither stores nor receives.
+
+For channels=(64, 128) and blocks=2, the outputs in the order in which they are stored, with their
+channels. The way up receives them in the reverse order:
+
+    stored, from left to right         received, from right to left
+    conv_in 64, stage 64, stage 64     level 0, the last three stages of the way up
+    Downsample 64, stage 128, 128      level 1, the first three; then Upsample
 
 With patch = p, each p×p square of pixels becomes one position with p² times the channels, so that a
 64×64 image with p = 4 costs what a 16×16 image does (Hoogeboom et al., "Simple diffusion", 2023).
@@ -24,7 +41,7 @@ calls, as in sampling.
 The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py,
 stable_diffusion_weights.py and weights_io.py.
 
->>> network = UNet(channels=(32, 64), context_dim=128)
+>>> network = UNet(channels=(64, 128), context_dim=128)
 >>> x_t = torch.randn(2, 3, 32, 32)
 >>> context, mask = torch.randn(2, 5, 128), torch.ones(2, 5, dtype=torch.bool)
 >>> network(x_t, torch.tensor([10, 500]), context, mask).shape
@@ -50,22 +67,27 @@ from .stable_diffusion_weights import load_stable_diffusion
 class UNet(nn.Module):
     """(x_t [B, in_channels, H, W], t [B], context [B, L, D], mask) → [B, out_channels, H, W].
 
-    The context holds the token embeddings of a text encoder; mask is bool [B, L], True = a real
-    token. A class label is a context of a single token, [B, 1, D]: a row of an nn.Embedding.
-    A context [1, L, D] serves all images.
+    t holds timesteps on the scale 0 … 1000 (fractions allowed), not 0 … 1. The context holds the
+    token embeddings of a text encoder; mask is bool [B, L], True = a real token, with at least one
+    True in each row, since a softmax over no keys is NaN; even an empty caption has its start
+    token. A class label is a context of a single token, [B, 1, D]: a row of an nn.Embedding. A
+    context [1, L, D] serves all images.
 
+    out_channels: the channels of the image, or twice as many: the first half the prediction, the
+        second half the values from which the variance is interpolated (Nichol & Dhariwal,
+        "Improved Denoising Diffusion Probabilistic Models", 2021).
     channels: number of channels of each level, from the finest to the coarsest; multiples of 32,
-        because the group normalisations have 32 groups. 64 or more is better: a group of a single
-        channel loses its mean, and with it the time embedding that was added.
+        because the group normalisations have 32 groups; better 64 or more, see ResidualBlock.
     context_dim: D; None for a network without a context.
-    blocks: residual blocks a level on the way down; the way up has one more.
-    attention: for each level, whether its blocks attend (default: all do); the middle always does.
+    blocks: residual blocks a level on the way down; the way up has blocks + 1, as said above.
+    attention: for each level, whether its stages attend (default: all do); the middle always does.
     heads: number of attention heads.
     patch: side in pixels of the squares that become one position.
-    pooled: whether the mean of the context is also added to the time embedding, a short path for
-        what holds everywhere in the image.
-    checkpointing: whether to keep only the input of each block for the gradient and compute the
-        block again in the backward pass: a third more work, a fraction of the memory (Chen et al.,
+    pooled: whether a linear projection of the mean over the real tokens is also added to the time
+        embedding, so that what the caption says of the whole image reaches every residual block
+        directly.
+    checkpointing: whether to keep only the input of each stage for the gradient and compute the
+        stage again in the backward pass: a third more work, a fraction of the memory (Chen et al.,
         "Training Deep Nets with Sublinear Memory Cost", 2016).
 
     The attribute `settings` is the dict of all these arguments: `UNet(**settings)` builds the
@@ -89,7 +111,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         attention = tuple(attention) if attention is not None else (True,) * len(channels)
-        if any(width % 32 for width in channels):
+        if any(c % 32 for c in channels):
             raise ValueError(f"channels must be multiples of 32, not {tuple(channels)}")
         if len(attention) != len(channels):
             raise ValueError(
@@ -97,6 +119,7 @@ class UNet(nn.Module):
             )
         if pooled and context_dim is None:
             raise ValueError("pooled=True needs a context: give a context_dim")
+        # Saved with the weights and read by weights_io.py
         self.settings = dict(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -110,11 +133,13 @@ class UNet(nn.Module):
             dropout=dropout,
             checkpointing=checkpointing,
         )
+        # Read by stable_diffusion_weights.py
         self.channels = tuple(channels)
         self.context_dim = context_dim
         self.blocks = blocks
         self.attention = attention
         self.heads = heads
+        # Read by forward, beside channels and context_dim
         self.patch = patch
         self.checkpointing = checkpointing
 
@@ -125,39 +150,98 @@ class UNet(nn.Module):
         )
         self.pool = nn.Linear(context_dim, time_dim) if pooled else None
 
-        def make_block(c_in, c_out, attends):
-            layers = [ResidualBlock(c_in, c_out, time_dim, dropout)]
+        def make_stage(c_in, c_out, attends):
+            stage = nn.ModuleList([ResidualBlock(c_in, c_out, time_dim, dropout)])
             if attends:
-                layers.append(SpatialTransformer(c_out, context_dim, heads))
-            return nn.ModuleList(layers)
+                stage.append(SpatialTransformer(c_out, context_dim, heads))
+            return stage
 
         # Way down; skip_channels are the channels of each output that the way up will receive
         self.conv_in = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
         self.down = nn.ModuleList()
         c = channels[0]
         skip_channels = [c]
-        for level, width in enumerate(channels):
+        for level, level_channels in enumerate(channels):
             for _ in range(blocks):
-                self.down.append(make_block(c, width, attention[level]))
-                c = width
+                self.down.append(make_stage(c, level_channels, attention[level]))
+                c = level_channels
                 skip_channels.append(c)
             if level < len(channels) - 1:
                 self.down.append(nn.ModuleList([Downsample(c)]))
                 skip_channels.append(c)
 
-        self.middle = make_block(c, c, attends=True)
+        self.middle = make_stage(c, c, attends=True)
         self.middle.append(ResidualBlock(c, c, time_dim, dropout))
 
-        # Way up
+        # Way up: one stage for each stored output
         self.up = nn.ModuleList()
-        for level, width in reversed(list(enumerate(channels))):
+        for level, level_channels in reversed(list(enumerate(channels))):
             for _ in range(blocks + 1):
-                self.up.append(make_block(c + skip_channels.pop(), width, attention[level]))
-                c = width
+                c_in = c + skip_channels.pop()
+                self.up.append(make_stage(c_in, level_channels, attention[level]))
+                c = level_channels
             if level > 0:
                 self.up[-1].append(Upsample(c))
         self.norm_out = nn.GroupNorm(32, c, eps=1e-5)
         self.conv_out = zero_init(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
+
+    def forward(self, x, t, context=None, mask=None):
+        self.check_context(context, len(x))
+        self.check_size(x)
+        dtype = self.conv_in.weight.dtype  # a network in half precision takes images of any dtype
+        x = x.to(dtype)
+        if context is not None:
+            context = context.to(dtype)
+
+        # Time embedding, [B, 4·channels[0]]
+        time_embedding = self.time(timestep_embedding(t, self.channels[0]).to(dtype))
+        if self.pool is not None:
+            time_embedding = time_embedding + self.pool(masked_mean(context, mask))
+
+        # Way down, middle, way up
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # [B, channels[0], H/p, W/p]
+        skips = [h]
+        for stage in self.down:
+            h = self.run_stage(stage, h, time_embedding, context, mask)
+            skips.append(h)
+        h = self.run_stage(self.middle, h, time_embedding, context, mask)
+        for stage in self.up:
+            h = torch.cat([h, skips.pop()], dim=1)  # [B, channels of both, height, width]
+            h = self.run_stage(stage, h, time_embedding, context, mask)
+        h = self.conv_out(F.silu(self.norm_out(h)))  # [B, out_channels·p², H/p, W/p]
+        return F.pixel_shuffle(h, self.patch)  # [B, out_channels, H, W]
+
+    def check_context(self, context, batch: int) -> None:
+        """Raise ValueError for a missing context or a wrong number of captions."""
+        if context is None and self.context_dim is not None:
+            raise ValueError("a network with a context_dim needs a context [B, L, D], not None")
+        if context is not None and len(context) not in (1, batch):
+            raise ValueError(
+                f"a context of {len(context)} captions does not fit {batch} images: "
+                f"it needs 1 caption or {batch}"
+            )
+
+    def check_size(self, x) -> None:
+        """Raise ValueError for a height or width that is not a multiple of `size_multiple`."""
+        if x.shape[-2] % self.size_multiple or x.shape[-1] % self.size_multiple:
+            raise ValueError(
+                f"height and width must be multiples of {self.size_multiple} for this network, "
+                f"not {tuple(x.shape[-2:])}"
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of the images must be multiples of this."""
+        halvings = sum(isinstance(stage[0], Downsample) for stage in self.down)
+        return self.patch * 2**halvings
+
+    def run_stage(self, stage, h, time_embedding, context, mask):
+        """`apply_stage`, with checkpointing where that is on and gradients are enabled."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(
+                apply_stage, stage, h, time_embedding, context, mask, use_reentrant=False
+            )
+        return apply_stage(stage, h, time_embedding, context, mask)
 
     @classmethod
     def stable_diffusion_15(cls, in_channels: int = 4, **options) -> "UNet":
@@ -181,6 +265,8 @@ class UNet(nn.Module):
         """The UNet of this project's first version, 93 M weights (371 MB); context [B, 52, 768].
 
         For images 3×128×128. It attends where the image is 32, 16 and 8 wide, and in the middle.
+
+        learned_variance: whether the output has twice the channels, to predict also the variance.
         """
         return cls(
             3,
@@ -197,68 +283,13 @@ class UNet(nn.Module):
         load_stable_diffusion(self, path)
         return self
 
-    @property
-    def size_multiple(self) -> int:
-        """Height and width of the images must be multiples of this."""
-        halvings = sum(isinstance(layers[0], Downsample) for layers in self.down)
-        return self.patch * 2**halvings
 
-    def forward(self, x, t, context=None, mask=None):
-        self.check_context(context, len(x))
-        self.check_size(x)
-        dtype = self.conv_in.weight.dtype  # a network in half precision takes images of any dtype
-        x = x.to(dtype)
-        if context is not None:
-            context = context.to(dtype)
+def apply_stage(stage, h, time_embedding, context, mask):
+    """Apply the layers of a stage to h, each with the arguments that it takes.
 
-        # Time embedding
-        time_embedding = self.time(timestep_embedding(t, self.channels[0]).to(dtype))  # [B, 4 C]
-        if self.pool is not None:
-            time_embedding = time_embedding + self.pool(masked_mean(context, mask))
-
-        # Way down, middle, way up
-        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # [B, C, H/p, W/p]
-        skips = [h]
-        for layers in self.down:
-            h = self.run_block(layers, h, time_embedding, context, mask)
-            skips.append(h)
-        h = self.run_block(self.middle, h, time_embedding, context, mask)
-        for layers in self.up:
-            h = torch.cat([h, skips.pop()], dim=1)
-            h = self.run_block(layers, h, time_embedding, context, mask)
-        h = self.conv_out(F.silu(self.norm_out(h)))  # [B, C' p², H/p, W/p]
-        return F.pixel_shuffle(h, self.patch)  # [B, C', H, W]
-
-    def check_context(self, context, batch: int) -> None:
-        """Raise ValueError for a missing context or a wrong number of captions."""
-        if context is None and self.context_dim is not None:
-            raise ValueError("a network with a context_dim needs a context [B, L, D], not None")
-        if context is not None and len(context) not in (1, batch):
-            raise ValueError(
-                f"a context of {len(context)} captions does not fit {batch} images: "
-                f"it needs 1 caption or {batch}"
-            )
-
-    def check_size(self, x) -> None:
-        """Raise ValueError for a height or width that is not a multiple of `size_multiple`."""
-        if x.shape[-2] % self.size_multiple or x.shape[-1] % self.size_multiple:
-            raise ValueError(
-                f"height and width must be multiples of {self.size_multiple} for this network, "
-                f"not {tuple(x.shape[-2:])}"
-            )
-
-    def run_block(self, layers, h, time_embedding, context, mask):
-        """`apply_block`, with checkpointing where that is on and gradients are enabled."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(
-                apply_block, layers, h, time_embedding, context, mask, use_reentrant=False
-            )
-        return apply_block(layers, h, time_embedding, context, mask)
-
-
-def apply_block(layers, h, time_embedding, context, mask):
-    """Apply the layers of one block to h [B, C, H, W], each with the arguments that it takes."""
-    for layer in layers:
+    h: [B, channels, height, width] as they are at this stage.
+    """
+    for layer in stage:
         if isinstance(layer, ResidualBlock):
             h = layer(h, time_embedding)
         elif isinstance(layer, SpatialTransformer):
@@ -269,7 +300,10 @@ def apply_block(layers, h, time_embedding, context, mask):
 
 
 def masked_mean(context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the real tokens of a context [B, L, D] with mask bool [B, L] → [B, D]."""
+    """Mean over the real tokens of a context [B, L, D] with mask bool [B, L] → [B, D].
+
+    Each row of the mask has at least one True.
+    """
     if mask is None:
         return context.mean(dim=1)
     weight = mask[..., None].to(context.dtype)  # [B, L, 1]

@@ -12,7 +12,7 @@ The files, in reading order:
     muon.py                Muon: an optimizer for matrices
     clock.py               steps, seconds, and the learning rate over the run
     ema.py                 exponential moving average of the weights
-    loss_history.py        all losses, smoothed, and of each quarter of the schedule
+    loss_history.py        all losses, smoothed, and of each quarter of the noise schedule
     health.py              non-finite losses and spikes: skip, roll back, give up
     memory.py              out of memory: micro-batches; the largest batch that fits
     distributed.py         what several processes exchange; the precision that is fast
@@ -103,8 +103,8 @@ from .options import (
     OptimizerOptions,
     PlateauOptions,
     ReconstructionOptions,
+    RunOptions,
     SafetyOptions,
-    ScheduleOptions,
     TrainingOptions,
     replace_options,
 )
@@ -138,8 +138,8 @@ __all__ = [
     "PlateauOptions",
     "ReconstructionOptions",
     "ResumableBatchSampler",
+    "RunOptions",
     "SafetyOptions",
-    "ScheduleOptions",
     "SimpleStep",
     "StepDraws",
     "Trainer",

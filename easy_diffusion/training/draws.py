@@ -12,10 +12,10 @@ The file needs torch and, beside it, data_loader.py; its example also the folder
 >>> from ..diffusion.timesteps import uniform_timesteps
 >>> draws = StepDraws(uniform_timesteps, 1000, caption_dropout=0.5, seed=0)
 >>> batch = Batch(torch.zeros(4, 3, 8, 8), ["红", "绿", "蓝", "白"], {})
->>> t, captions = draws.timesteps_and_captions(0, batch)
+>>> t, captions = draws.start_step(0, batch)
 >>> t.shape, captions.count("")
 (torch.Size([4]), 2)
->>> torch.equal(draws.timesteps_and_captions(0, batch)[0], t)
+>>> torch.equal(draws.start_step(0, batch)[0], t)
 True
 """
 
@@ -30,12 +30,12 @@ class StepDraws:
     timesteps: function (batch, T, generator) → t [batch].
     num_timesteps: T.
     caption_dropout: fraction of the captions that become uncond.
-    seed: of all random numbers.
+    seed: of timesteps, dropped captions, noise and dropout.
     uncond: the caption that replaces the dropped ones.
     device: where the random numbers are drawn.
     rank, world_size: this process and the number of processes.
 
-    The attribute `generator` gives the noise, after `timesteps_and_captions` of the step.
+    The attribute `generator` gives the noise of a step after `start_step`.
     """
 
     def __init__(
@@ -51,27 +51,39 @@ class StepDraws:
         self.world_size = world_size
         self.generator = torch.Generator(device)
 
-    def timesteps_and_captions(self, index: int, batch: Batch) -> tuple[torch.Tensor, list]:
-        """Return the timesteps [B] and the captions, some of them dropped, of step `index`."""
+    def start_step(self, index: int, batch: Batch) -> tuple[torch.Tensor, list]:
+        """Return the timesteps [B] and the captions, some of them dropped, of step `index`.
+
+        It also seeds `generator` for the step, and leaves it where this process's noise begins.
+        """
         generator = self.generator
         count = len(batch.images)
         total = self.world_size * count
         own_part = slice(self.rank * count, (self.rank + 1) * count)
         seed = derive_seed(self.seed, index)
         generator.manual_seed(seed)
-        with fork_rng(seed):                # for functions that use the global generators
+        # A function that draws from the global generators instead gets a seed of its own, so that
+        # its timesteps do not depend on `dropped`.
+        with fork_rng(derive_seed(self.seed, index, "timesteps")):
             t = self.timesteps(total, self.num_timesteps, generator)[own_part]
         dropped = torch.rand(total, generator=generator, device=generator.device)[own_part]
         dropped = (dropped < self.caption_dropout).tolist()
         captions = [self.uncond if drop else c for c, drop in zip(batch.captions, dropped)]
-
-        # The noise: on a CPU, skip that of the processes before; on a GPU, use a seed of its own.
-        if generator.device.type == "cpu":
-            torch.randn(self.rank * count, *batch.images.shape[1:], generator=generator)
-        elif self.rank > 0:
-            generator.manual_seed(derive_seed(self.seed, index, self.rank))
+        self.skip_noise_of_earlier_ranks(index, batch.images.shape)
         return t, captions
 
-    def fork_rng(self, index: int):
-        """Context manager for the network's forward pass, whose dropout uses global generators."""
-        return fork_rng(derive_seed(self.seed, index, self.rank))
+    def skip_noise_of_earlier_ranks(self, index: int, shape) -> None:
+        """Move `generator` to this process's noise; shape: [B, C, H, W] of its batch."""
+        if self.generator.device.type == "cpu":
+            # Draw the noise of the processes before and drop it: only the position matters.
+            torch.randn(self.rank * shape[0], *shape[1:], generator=self.generator)
+        elif self.rank > 0:
+            # On a GPU the numbers depend on the size of the draw: a seed of its own is simpler.
+            self.generator.manual_seed(derive_seed(self.seed, index, self.rank))
+
+    def dropout_rng(self, index: int):
+        """Context manager for the network's forward pass, whose dropout uses global generators.
+
+        Its seed is not that of the noise, so that the masks do not depend on it.
+        """
+        return fork_rng(derive_seed(self.seed, index, self.rank, "dropout"))

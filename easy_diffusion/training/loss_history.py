@@ -1,4 +1,4 @@
-"""The losses of a training: all of them, smoothed, of each quarter of the schedule, the lowest.
+"""The losses of a training: all, smoothed, of each quarter of the noise schedule, the lowest.
 
 A single loss depends on the timesteps that were drawn for the batch. The log shows smoothed losses:
 
@@ -6,7 +6,7 @@ A single loss depends on the timesteps that were drawn for the batch. The log sh
 
 The mean loss of a run may look constant while the loss of the timesteps with the most noise still
 falls (Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021, section 3.3).
-Therefore each quarter of the schedule has a smoothed loss of its own. The file needs torch.
+Therefore each quarter of the noise schedule has a smoothed loss of its own. The file needs torch.
 
 >>> history = LossHistory()
 >>> history.update(0.5, torch.tensor([0.4, 0.6]), torch.tensor([0, 99]), num_timesteps=100)
@@ -25,7 +25,7 @@ import torch
 def update_quartile_losses(
     smoothed: tuple[float, ...], losses: torch.Tensor, t: torch.Tensor, num_timesteps: int
 ) -> tuple[float, ...]:
-    """Update the smoothed loss of each quarter of the schedule.
+    """Update the smoothed loss of each quarter of the noise schedule.
 
     smoothed: the four values before this step; nan for a quarter without losses so far.
     losses: of each image, [B].
@@ -49,7 +49,7 @@ class LossHistory:
 
     losses: of all steps, oldest first.
     smooth_loss: their exponential moving average; nan before the first step.
-    quartile_losses: the smoothed loss of each quarter of the schedule, the least noise first.
+    quartile_losses: the smoothed loss of each quarter of the noise schedule, the least noise first.
     lowest_loss: the lowest mean of a window of losses among the checkpoints so far.
     """
 
@@ -66,7 +66,7 @@ class LossHistory:
 
         loss: of the batch, in all processes.
         image_losses, t: loss and timestep of each image in this process, [B].
-        num_timesteps: the length T of the schedule.
+        num_timesteps: the length T of the noise schedule.
         """
         self.losses.append(loss)
         if math.isnan(self.smooth_loss):

@@ -28,7 +28,8 @@ from pathlib import Path
 import psutil
 import torch
 
-# The note of a training step that ran out of memory and was split begins with this.
+# The note of a training step that ran out of memory and was split begins with this: of the notes
+# of a step, which "; " joins, it is the first.
 OUT_OF_MEMORY = "out of memory"
 
 

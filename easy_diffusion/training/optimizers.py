@@ -3,7 +3,7 @@
 AdamW trains all parameters; or Muon trains the matrices and AdamW the rest. Each optimizer is
 paired with its peak learning rate eta. At step i its learning rate is
 
-    eta_i = eta · lr_multiplier        from 0 to 1: TrainingClock.lr_multiplier in progress.py
+    eta_i = eta · lr_multiplier        from 0 to 1: TrainingClock.lr_multiplier in clock.py
 
 A gradient g of all parameters whose norm exceeds c is clipped to g ← c g / |g|.
 
@@ -130,6 +130,11 @@ def has_plateaued(losses: list[float], window: int) -> bool:
 
 class OptimizerPhases:
     """AdamW, with or without Muon; and SGD, which fine-tunes once the loss has plateaued.
+
+    The first version of this project trained so: with a tiny constant learning rate, SGD moves the
+    weights little from where AdamW has left them. Notebook 15 measures it: on the demo it does not
+    help, and a decay of AdamW's learning rate to zero, which needs no test for a plateau, does
+    better. The decay applies to AdamW and Muon alone; a plateau before the end cuts it short.
 
     parameters: list of the parameters to train.
     optimizer: OptimizerOptions.

@@ -2,11 +2,11 @@
 
     TrainingOptions            of `train` in trainer.py
         OptimizerOptions       learning rates, weight decay, clipping, EMA
-        ScheduleOptions        length of the run, warm-up and decay of the learning rate
+        RunOptions             length of the run, warm-up and decay of the learning rate
         PlateauOptions         the phase with SGD after the loss has plateaued
         SafetyOptions          checkpoints, and what happens to bad steps
     AutoencoderOptions         of `train_autoencoder` in train_autoencoder.py
-        OptimizerOptions, ScheduleOptions
+        OptimizerOptions, RunOptions
         ReconstructionOptions  weights of the terms of the loss
         AdversarialOptions     the discriminator
 
@@ -15,7 +15,7 @@ learning_rate=1e-3)`. `replace_options` sorts them into the groups. The file nee
 beside it, muon.py and optimizers.py; from this package also diffusion/.
 
 >>> options = replace_options(TrainingOptions(), steps=1000, seed=7)
->>> options.schedule.steps, options.optimizer.learning_rate, options.seed
+>>> options.run.steps, options.optimizer.learning_rate, options.seed
 (1000, 0.0001, 7)
 >>> replace_options(TrainingOptions(), step=1000)
 Traceback (most recent call last):
@@ -52,7 +52,7 @@ class OptimizerOptions:
 
 
 @dataclass(frozen=True)
-class ScheduleOptions:
+class RunOptions:
     """Length of the run, and the learning rate over the run; see `TrainingClock`.
 
     steps, minutes: the run ends at whichever limit comes first; None: no such limit. The caller's
@@ -70,6 +70,11 @@ class ScheduleOptions:
 @dataclass(frozen=True)
 class PlateauOptions:
     """SGD with a tiny learning rate fine-tunes the weights once the loss has plateaued.
+
+    The first version of this project trained so. It is on by default, but did not help in
+    notebook 15; `plateaued=lambda losses, window: False` switches it off.
+
+    Why, and how it relates to the decay of the learning rate: see `OptimizerPhases`.
 
     phase: "adamw" or "sgd": the optimizer to start with.
     sgd_learning_rate: SGD's learning rate, constant.
@@ -106,18 +111,22 @@ class SafetyOptions:
 class TrainingOptions:
     """The options of `train`.
 
-    optimizer, schedule, plateau, safety: the groups above.
-    caption_dropout: fraction of the captions that become `encoder.uncond`.
-    timesteps: function (batch, T, generator) → t [batch], int64 or, for continuous time, float in
-        [0, 1]. If it has the methods `weights` and `update`, it also weights the losses.
+    optimizer, run, plateau, safety: the groups above.
+    caption_dropout: probability with which a caption is replaced by `encoder.uncond`.
+    timesteps: not the timesteps, but a function that draws those of a batch: (batch, T, generator)
+        → t [batch], int64 or, for continuous time, float in [0, 1]. It may be an object with
+        methods, all optional: weights(t [B]) → the factors [B] of the losses; update(t, losses)
+        learns from a step's losses; state_dict and load_state_dict store what it has learned in
+        checkpoints. ImportanceTimesteps in diffusion/timesteps.py has all four.
     micro_batches: number of parts into which a batch is split, to save memory.
     compile: whether the network is compiled with torch.compile.
-    seed: of all random numbers.
+    seed: of timesteps, dropped captions, noise and dropout; that of the batches is an argument of
+        `make_loader`, and the initial weights are the caller's.
     accelerator: for the device, the precision and the processes; None: `default_accelerator`.
     """
 
     optimizer: OptimizerOptions = OptimizerOptions()
-    schedule: ScheduleOptions = ScheduleOptions()
+    run: RunOptions = RunOptions()
     plateau: PlateauOptions = PlateauOptions()
     safety: SafetyOptions = SafetyOptions()
     caption_dropout: float = 0.1
@@ -167,7 +176,7 @@ class AdversarialOptions:
 class AutoencoderOptions:
     """The options of `train_autoencoder`.
 
-    optimizer, schedule, reconstruction, adversary: the groups above. AdamW's peak is 1e-3.
+    optimizer, run, reconstruction, adversary: the groups above. AdamW's peak is 1e-3.
     checkpoint: path, written every save_seconds seconds and at the end; if the file exists, the
         training resumes from it.
     save_seconds: training time between two checkpoints.
@@ -176,7 +185,7 @@ class AutoencoderOptions:
     """
 
     optimizer: OptimizerOptions = OptimizerOptions(learning_rate=1e-3)
-    schedule: ScheduleOptions = ScheduleOptions()
+    run: RunOptions = RunOptions()
     reconstruction: ReconstructionOptions = ReconstructionOptions()
     adversary: AdversarialOptions = AdversarialOptions()
     checkpoint: str | Path | None = None
@@ -196,19 +205,29 @@ def replace_options(options, **changes):
 
     Raises TypeError for a name that no option has.
     """
-    values = {option.name: getattr(options, option.name) for option in fields(options)}
-    values |= {name: value for name, value in changes.items() if name in values}
-    unknown = changes.keys() - values.keys()
-    known = set(values)
-    for name, value in values.items():
-        if is_dataclass(getattr(options, name)):                # a group
-            own = {option.name for option in fields(value)}
-            own_changes = {key: changes[key] for key in own & changes.keys()}
-            values[name] = replace(value, **own_changes)
-            unknown -= own
-            known |= own
-    for name in sorted(unknown):
+    # The name of each option → that of its group; None: a group itself, or an option without one.
+    groups = {}
+    for field in fields(options):
+        groups[field.name] = None
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            groups |= {option.name: field.name for option in fields(value)}
+    check_option_names(changes, groups)
+
+    # First whole groups and the options without one, then single options of the groups.
+    own = {name: value for name, value in changes.items() if groups[name] is None}
+    options = replace(options, **own)
+    for name, value in changes.items():
+        group = groups[name]
+        if group is not None:
+            changed_group = replace(getattr(options, group), **{name: value})
+            options = replace(options, **{group: changed_group})
+    return options
+
+
+def check_option_names(names, known) -> None:
+    """Raise TypeError for a name that is not known; it suggests a similar one."""
+    for name in sorted(set(names) - set(known)):
         similar = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {similar[0]!r}?" if similar else f"there are {sorted(known)}"
         raise TypeError(f"there is no option {name!r}; {hint}")
-    return replace(options, **values)

@@ -4,16 +4,28 @@ Each step takes a batch x0, draws a timestep t and noise eps for each image, and
 gradient of the error of the network's prediction (Ho et al., "Denoising Diffusion Probabilistic
 Models", 2020, algorithm 1):
 
-    x_t = alpha_t x0 + sigma_t eps
+    eps ~ N(0, I),    x_t = alpha_t x0 + sigma_t eps
     theta ← theta - optimizer step along the gradient of |f_theta(x_t, t, context) - target|²
+
+`target` is what the network learns to predict. `GaussianDiffusion.target` returns, by
+prediction_type, "eps": eps, "x0": x0, "v": alpha_t eps - sigma_t x0. |…|² is the mean over the
+pixels. `diffusion.loss` computes it; another diffusion, such as RectifiedFlow, has an x_t and a
+target of its own.
 
 Some captions are dropped: the encoder's unconditional element takes their place, so that the
 network also learns the unconditional prediction for guidance (Ho & Salimans, "Classifier-Free
 Diffusion Guidance", 2022, algorithm 1). One samples from the averaged weights, the EMA.
 
-The random numbers of step i follow from (seed, i), as in `train`, so both loops take the same
-draws. What is missing here: resuming, mixed precision, several processes, bad steps, learning-rate
-decay. The file needs torch, the folder diffusion/ and, beside it, data_loader.py and ema.py.
+The timesteps, dropped captions and noise of step i follow from (seed, i), as in `train`, so both
+loops take the same draws. What is missing here:
+
+    moving the models to the GPU, resuming, mixed precision, several processes, micro-batches
+    skipping of bad steps
+    warm-up and decay of the learning rate, and the phase with SGD
+    the loss weights of ImportanceTimesteps: it is never updated, so its draws stay uniform
+    seeds of the network's dropout, which uses the global generators
+
+The file needs torch, the folder diffusion/ and, beside it, data_loader.py and ema.py.
 
 >>> from ..diffusion.gaussian import GaussianDiffusion
 >>> from ..diffusion.schedule import NoiseSchedule
@@ -41,9 +53,10 @@ from .ema import update_ema
 
 
 class SimpleStep(NamedTuple):
-    """One training step: its number from 0, the mean loss of its batch, and the EMA weights.
+    """One training step: its number from 0, the mean loss of its batch, and the EMA models.
 
-    ema_network, ema_encoder: in eval mode; ema_encoder is None if there is no encoder.
+    ema_network, ema_encoder: in eval mode; ema_encoder is None if there is no encoder. The next
+        step updates them in place; copy.deepcopy keeps a state.
     """
 
     index: int
@@ -58,10 +71,10 @@ def train_simple(
 ) -> Iterator[SimpleStep]:
     """Train a network, and its encoder unless that is None, in place; yield every step.
 
-    optimizer: of the parameters of both, with its learning rate.
-    steps: number of steps. All other arguments are those of `train`.
+    network, encoder: on the device to train on. optimizer: of the parameters of both.
+    timesteps: function (batch, T, generator) → t [batch]. ema: limit of the EMA's decay.
     """
-    models = torch.nn.ModuleList([network, encoder])
+    models = torch.nn.ModuleList([network, encoder])        # an encoder of None stays in it
     ema_models = copy.deepcopy(models).requires_grad_(False).eval()
     device = next(network.parameters()).device
     generator = torch.Generator(device)
@@ -76,13 +89,17 @@ def train_simple(
         t = timesteps(len(x0), len(diffusion), generator)                       # [B]
         dropped = torch.rand(len(x0), generator=generator, device=device) < caption_dropout
 
-        # The loss of the prediction from x_t = alpha_t x0 + sigma_t eps, given the captions.
+        # The captions become token embeddings.
         models.train()
         context = mask = None
         if encoder is not None:
             uncond = getattr(encoder, "uncond", "")
             captions = [uncond if drop else c for c, drop in zip(captions, dropped.tolist())]
             context, mask = encoder(captions)                                   # [B, L, D], [B, L]
+
+        # The central step. GaussianDiffusion.loss in diffusion/gaussian.py computes, of each image:
+        #     eps ~ N(0, I);  x_t = add_noise(x0, t, eps) = alpha_t x0 + sigma_t eps
+        #     |network(x_t, t, context, mask) - target(x0, t, eps)|² · loss weight
         with_extras = partial(network, **extras)
         loss = diffusion.loss(with_extras, x0, t, context, mask, generator).mean()
 

@@ -82,8 +82,8 @@ class AutoencoderTrainer:
 
     def __init__(self, autoencoder, loader, options: AutoencoderOptions):
         self.options = options
-        schedule = options.schedule
-        self.clock = TrainingClock(schedule.steps, schedule.minutes, options.save_seconds)
+        run = options.run
+        self.clock = TrainingClock(run.steps, run.minutes, options.save_seconds)
 
         # Device and precision.
         self.accelerator = options.accelerator or default_accelerator()
@@ -191,8 +191,8 @@ class AutoencoderTrainer:
 
     def update_autoencoder(self, loss: torch.Tensor) -> float:
         """Take the optimizer step of the autoencoder; return the loss."""
-        schedule = self.options.schedule
-        lr_multiplier = self.clock.lr_multiplier(schedule.warmup, schedule.decay)
+        run = self.options.run
+        lr_multiplier = self.clock.lr_multiplier(run.warmup, run.decay)
         set_learning_rates(self.optimizers, lr_multiplier)
         weights = list(self.models["autoencoder"].parameters())
         clip = self.options.optimizer.clip

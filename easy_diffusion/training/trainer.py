@@ -4,7 +4,7 @@ The step is that of simple.py, algorithm 1 of Ho et al. 2020. Read that file fir
 what a long training needs, each in a file of its own:
 
     learning rate        It rises during the first steps and falls to zero at the end (clock.py).
-    AdamW, then SGD      When the loss has plateaued, SGD with a tiny learning rate fine-tunes.
+    AdamW, then SGD      When the loss has plateaued, SGD takes over (optimizers.py); optional.
     micro-batches        A batch too large for the memory is split; gradients add up (memory.py).
     training health      Steps that are not finite, or spikes, are skipped (health.py).
     checkpoints          A killed run resumes at its last checkpoint (checkpoint.py).
@@ -14,8 +14,9 @@ With a loader of `make_loader` a run that was killed ends with the weights of an
 CPU bit for bit, unless its length is given in minutes; see draws.py.
 
 accelerate handles the device, the precision and the communication. The file needs torch,
-accelerate, the folders diffusion/ and networks/ and, beside it, all files that are named here and
-data_loader.py, draws.py, ema.py, loss_history.py, options.py and training_step.py.
+accelerate, safetensors, psutil, the folders diffusion/ and networks/, files.py and, beside it, all
+files that are named here and data_loader.py, draws.py, ema.py, loss_history.py, muon.py, options.py
+and training_step.py.
 
 >>> from ..diffusion.gaussian import GaussianDiffusion
 >>> from ..diffusion.schedule import NoiseSchedule
@@ -59,6 +60,9 @@ from .optimizers import OptimizerPhases, clip_grad_norm, compute_grad_norm
 from .options import TrainingOptions, replace_options
 from .training_step import TrainingStep
 
+# Why a step is skipped whose gradient overflows in fp16, which is no fault of the training.
+FP16_OVERFLOW = "the gradient overflows in fp16"
+
 
 class BatchLosses(NamedTuple):
     """Of each image of this process's batch, [B] each: its loss, its timestep, its loss weight."""
@@ -80,6 +84,8 @@ class Trainer:
     def __init__(self, network, diffusion, loader, encoder, options: TrainingOptions):
         self.options = options
         self.diffusion = diffusion
+        # What is called, perhaps compiled. self.models below holds the plain modules, with the same
+        # weights, for the EMA, the optimizers and the checkpoint.
         self.network = torch.compile(network) if options.compile else network
         self.encoder = encoder
 
@@ -99,17 +105,17 @@ class Trainer:
         self.optimizers = OptimizerPhases(self.parameters, options.optimizer, options.plateau)
 
         # What draws, counts and judges.
-        schedule, safety = options.schedule, options.safety
+        run, safety = options.run, options.safety
         self.draws = StepDraws(
             options.timesteps, len(diffusion), options.caption_dropout, options.seed,
             getattr(encoder, "uncond", ""), self.device,
             self.accelerator.process_index, self.world_size,
         )
-        self.clock = TrainingClock(schedule.steps, schedule.minutes, safety.save_seconds)
+        self.clock = TrainingClock(run.steps, run.minutes, safety.save_seconds)
         self.history = LossHistory()
         self.health = TrainingHealth(self.ema_models, safety.patience, spike=safety.spike)
         self.micro_batches = MicroBatches(options.micro_batches)
-        self.note = ""                      # of the current step
+        self.notes = []                     # of the current step
 
     def run(self) -> Iterator[TrainingStep]:
         """Train until the steps or the minutes are over; yield every step."""
@@ -117,9 +123,11 @@ class Trainer:
         batches = infinite_batches(self.loader, first_index, self.draws.rank, self.world_size)
         while self.clock.progress < 1:
             # The losses of a batch, and the gradient of their mean.
-            self.note = ""
+            index = self.clock.index
+            self.notes = []
             batch = unpack_batch(next(batches))
-            losses = self.compute_loss_and_gradients(batch)
+            losses = self.compute_loss_and_gradients(index, batch)
+            self.unscale_gradients()
             loss, norm, seconds = self.reduce(losses)
 
             # The optimizer step and the EMA, unless the step is bad.
@@ -127,16 +135,16 @@ class Trainer:
             learning_rate = self.set_learning_rates()
             reason = self.check_health(loss, norm)
             if reason:
-                self.skip(reason, loss, norm)
+                self.skip(index, reason)
             else:
-                self.update(losses, loss, norm)
+                self.update(index, losses, loss, norm)
 
             # Time, plateau, checkpoint. The caller's time is not training time.
             self.clock.tick(self.world_size * len(batch.images), seconds)
             self.check_plateau()
             self.save_if_due()
             with self.clock.paused():
-                yield self.describe_step(phase, learning_rate, loss, norm)
+                yield self.describe_step(index, phase, learning_rate, loss, norm)
         self.finish(first_index)
 
     # ------------------------------------------------------------ the start
@@ -152,30 +160,34 @@ class Trainer:
 
     # ------------------------------------------------------------ the losses and the gradients
 
-    def compute_loss_and_gradients(self, batch: Batch) -> BatchLosses:
+    def compute_loss_and_gradients(self, index: int, batch: Batch) -> BatchLosses:
         """Leave the gradient of the mean loss in the parameters, averaged over all processes.
 
         If any process runs out of memory, all repeat the step with twice as many micro-batches.
         """
         self.models.train()
-        losses = catch_out_of_memory(self.backpropagate, batch)
+        losses = catch_out_of_memory(self.backpropagate, index, batch)
         while any_rank(self.accelerator, losses is None):
-            self.warn(self.micro_batches.double(self.clock.index, len(batch.images)))
-            losses = catch_out_of_memory(self.backpropagate, batch)
+            # Not for ever: the second time, double() raises torch.OutOfMemoryError.
+            self.warn(self.micro_batches.double(index, len(batch.images)))
+            losses = catch_out_of_memory(self.backpropagate, index, batch)
+
+        # By hand, not during the backward pass as DistributedDataParallel does: a process that has
+        # run out of memory there must not leave the others waiting for its gradients.
         average_gradients(self.accelerator, self.parameters)
         return losses
 
-    def backpropagate(self, batch: Batch) -> BatchLosses:
+    def backpropagate(self, index: int, batch: Batch) -> BatchLosses:
         """Add up the gradients of the micro-batches of this process's batch."""
         for parameter in self.parameters:
             parameter.grad = None
-        t, captions = self.draws.timesteps_and_captions(self.clock.index, batch)
+        t, captions = self.draws.start_step(index, batch)
         weights = torch.ones(len(t), device=self.device)
         if hasattr(self.options.timesteps, "weights"):
             weights = self.options.timesteps.weights(t).to(self.device)
 
         losses = []
-        with self.draws.fork_rng(self.clock.index):
+        with self.draws.dropout_rng(index):
             for part in self.micro_batches.slices(len(t)):
                 extras = {name: extra[part] for name, extra in batch.extras.items()}
                 loss = self.compute_losses(batch.images[part], captions[part], extras, t[part])
@@ -200,13 +212,18 @@ class Trainer:
         """Move a tensor of a batch to the device; pixels become [-1, 1]."""
         return normalize_pixels(values.to(self.device, non_blocking=True))
 
-    def reduce(self, losses: BatchLosses) -> tuple[float, float, float | None]:
-        """Return loss, gradient norm and the time: those of all processes.
-
-        The time is None with one process, which takes it at the end of the step.
-        """
+    def unscale_gradients(self) -> None:
+        """Divide the gradients by the factor that `backpropagate` has scaled the loss by (fp16)."""
         for optimizer in self.optimizers.current:
             self.scaler.unscale_(optimizer)
+
+    def reduce(self, losses: BatchLosses) -> tuple[float, float, float | None]:
+        """Return loss, gradient norm and the time, in seconds: those of all processes.
+
+        Several processes must agree on the time, so that all stop and save at the same step; they
+        take that of the main process here. One process needs no agreement: its time is None, and
+        `clock.tick` reads the clock at the end of the step, after the optimizer step.
+        """
         norm = compute_grad_norm(self.parameters)
         mean_loss = (losses.losses * losses.weights).mean()
         loss, norm, seconds = reduce_metrics(self.accelerator, mean_loss, norm, self.clock.now())
@@ -216,18 +233,28 @@ class Trainer:
 
     def set_learning_rates(self) -> float:
         """Set the learning rates of this step; return that of the phase's first optimizer."""
-        schedule = self.options.schedule
-        lr_multiplier = self.clock.lr_multiplier(schedule.warmup, schedule.decay)
+        run = self.options.run
+        lr_multiplier = self.clock.lr_multiplier(run.warmup, run.decay)
         return self.optimizers.set_learning_rates(lr_multiplier, self.health.lr_scale)
 
     def check_health(self, loss: float, norm: float) -> str:
-        """Return why the step is bad; "" for a good step."""
+        """Return why the step must be skipped; "" for a good step."""
+        if self.is_fp16_overflow(loss, norm):
+            return FP16_OVERFLOW
         return self.health.check(loss, norm, self.history.losses)
 
-    def update(self, losses: BatchLosses, loss: float, norm: float) -> None:
+    def is_fp16_overflow(self, loss: float, norm: float) -> bool:
+        """Return whether the scale of the loss, not the loss itself, made the gradient overflow.
+
+        fp16 ends at 65504. The scale keeps small gradients above 0, but may lift large ones over
+        that end. Only while it is above 1 is there anything to lower: a gradient that is not
+        finite at the scale 1, that of every other precision, is the training's own fault.
+        """
+        return math.isfinite(loss) and not math.isfinite(norm) and self.scaler.get_scale() > 1
+
+    def update(self, index: int, losses: BatchLosses, loss: float, norm: float) -> None:
         """Take the step: clip the gradient, step the optimizers, update the EMA and the records."""
         options = self.options
-        index = self.clock.index
         clip_grad_norm(self.parameters, norm, options.optimizer.clip)
         for optimizer in self.optimizers.current:
             self.scaler.step(optimizer)
@@ -240,12 +267,10 @@ class Trainer:
             options.timesteps.update(gather(losses.t), gather(losses.losses))
         self.health.step_taken(index, self.ema_models, self.history.losses)
 
-    def skip(self, reason: str, loss: float, norm: float) -> None:
+    def skip(self, index: int, reason: str) -> None:
         """Leave weights and optimizers as they are; after several bad steps in a row, roll back."""
-        index = self.clock.index
-        overflow = math.isfinite(loss) and not math.isfinite(norm) and self.scaler.get_scale() > 1
         self.scaler.update()
-        if overflow:                        # of fp16: update() has lowered the scale
+        if reason == FP16_OVERFLOW:         # update() has lowered the scale; that is all it needs
             self.health.skipped += 1
             return
         message = f"step {index} is skipped: {reason}"
@@ -273,8 +298,7 @@ class Trainer:
 
     def check_plateau(self) -> None:
         """Change from AdamW to SGD if the loss has plateaued."""
-        note = self.optimizers.check_plateau(self.history.losses, self.clock.index)
-        self.note = note or self.note
+        self.add_note(self.optimizers.check_plateau(self.history.losses, self.clock.index))
 
     def save_if_due(self) -> None:
         """Save after `save_seconds`, but not between a bad step and the next good one."""
@@ -288,14 +312,19 @@ class Trainer:
 
     def warn(self, message: str) -> None:
         """Warn in the main process, and note it in the step; "" changes nothing."""
-        self.note = warn_on_main_process(self.accelerator, message) or self.note
+        self.add_note(warn_on_main_process(self.accelerator, message))
+
+    def add_note(self, note: str) -> None:
+        """Add a note for the log to the current step, after those before; "" changes nothing."""
+        if note:
+            self.notes.append(note)
 
     def describe_step(
-        self, phase: str, learning_rate: float, loss: float, norm: float
+        self, index: int, phase: str, learning_rate: float, loss: float, norm: float
     ) -> TrainingStep:
         """Return what `run` yields; phase, learning_rate: of the step, not of the next one."""
         return TrainingStep(
-            index=self.clock.index - 1,
+            index=index,
             loss=loss,
             smooth_loss=self.history.smooth_loss,
             learning_rate=learning_rate,
@@ -308,7 +337,7 @@ class Trainer:
             quartiles=self.history.quartile_losses,
             gradient_norm=norm,
             skipped=self.health.skipped,
-            note=self.note,
+            note="; ".join(self.notes),
         )
 
     def finish(self, first_index: int) -> None:
@@ -341,4 +370,4 @@ def train(network, diffusion, loader, encoder=None, **options) -> Iterator[Train
     micro-batches either.
     """
     options = replace_options(TrainingOptions(), **options)
-    yield from Trainer(network, diffusion, loader, encoder, options).run()
+    return Trainer(network, diffusion, loader, encoder, options).run()

@@ -25,11 +25,11 @@ class TrainingStep(NamedTuple):
     progress: from 0 to 1; 0 if neither steps nor minutes are limited.
     ema_network, ema_encoder: the network and the encoder with the EMA weights, in eval mode;
         ema_encoder is None if no encoder is trained.
-    quartiles: the smoothed loss of the timesteps in each quarter of the schedule, the least noise
-        first; nan: no timestep drawn yet. See loss_history.py.
+    quartiles: the smoothed loss of the timesteps in each quarter of the noise schedule, the least
+        noise first; nan: no timestep drawn yet. See loss_history.py.
     gradient_norm: before clipping.
     skipped: number of skipped steps so far.
-    note: what a log should record about the step; "" for most steps.
+    note: what a log should record about the step, joined by "; "; "" for most steps.
     """
 
     index: int

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from easy_diffusion.animation import camera
+from easy_diffusion.animation.film import animate, default_pixels, inpaint_strip
 
 SIZES = [(64, 64), (64, 48), (37, 53)]                  # (W, H): square, landscape, odd portrait
 
@@ -37,31 +38,32 @@ def test_a_pan_shifts_visible_pixels_exactly_and_masks_all_others(image, move, p
     assert (moved[mask] == 127).all()
 
 
-def test_circle_and_centre_scale_the_image_and_mask_the_region_around_it(image):
+@pytest.mark.parametrize("move", camera.BORDER_MOVES)
+@pytest.mark.parametrize("pixels", [5, 6])
+def test_circle_and_centre_scale_the_image_and_mask_the_region_around_it(image, move, pixels):
     h, w = image.shape[:2]
-    for move, pixels in (("circle", 5), ("centre", 6)):
-        moved, mask = camera.uncover(image, move, pixels)
-        left, top, right, bottom = camera.inner_box((w, h), move, pixels)
-        pil_image = Image.fromarray(image)
-        scaled = pil_image.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
-        assert np.array_equal(moved[top:bottom, left:right], np.asarray(scaled))
-        assert not mask[top:bottom, left:right].any()
-        # The aspect ratio, rounded to whole pixels.
-        assert abs((right - left) / (bottom - top) - w / h) < 0.2
+    moved, mask = camera.uncover(image, move, pixels)
+    left, top, right, bottom = camera.inner_box((w, h), move, pixels)
+    pil_image = Image.fromarray(image)
+    scaled = pil_image.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+    assert np.array_equal(moved[top:bottom, left:right], np.asarray(scaled))
+    assert not mask[top:bottom, left:right].any()
+    # The aspect ratio, rounded to whole pixels.
+    assert abs((right - left) / (bottom - top) - w / h) < 0.2
 
-        outside = np.ones((h, w), bool)
-        outside[top:bottom, left:right] = False
-        if move == "circle":
-            assert np.array_equal(mask, outside)
-            assert min(left, top) == pixels
-            assert min(w - right, h - bottom) == pixels
-        else:
-            x_margin = math.ceil((right - left) / 2)
-            y_margin = math.ceil((bottom - top) / 2)
-            region = np.zeros((h, w), bool)
-            region[top - y_margin:bottom + y_margin, left - x_margin:right + x_margin] = True
-            assert np.array_equal(mask, region & outside)
-            assert np.array_equal(moved[~region], image[~region])
+    outside = np.ones((h, w), bool)
+    outside[top:bottom, left:right] = False
+    if move == "circle":
+        assert np.array_equal(mask, outside)
+        assert min(left, top) == pixels
+        assert min(w - right, h - bottom) == pixels
+    else:
+        x_margin = math.ceil((right - left) / 2)
+        y_margin = math.ceil((bottom - top) / 2)
+        region = np.zeros((h, w), bool)
+        region[top - y_margin:bottom + y_margin, left - x_margin:right + x_margin] = True
+        assert np.array_equal(mask, region & outside)
+        assert np.array_equal(moved[~region], image[~region])
 
 
 def mask_of_2023(move, side):
@@ -100,29 +102,63 @@ def test_there_are_ten_moves():
     assert len(set(camera.MOVES)) == 10
 
 
-@pytest.mark.parametrize("move, pixels, most", [
-    ("right", 0, 63),
-    ("right", 64, 63),
-    ("up", 48, 47),
-    ("up-left", 48, 47),
-    ("circle", 24, 23),
-    ("centre", 13, 12),
-])
-def test_impossible_distances_and_sizes_are_refused(move, pixels, most):
+@pytest.mark.parametrize("move", camera.MOVES)
+def test_impossible_distances_are_refused(move):
     image = np.zeros((48, 64, 3), np.uint8)
-    with pytest.raises(ValueError, match=f"1 to {most} pixels, not {pixels}"):
-        camera.uncover(image, move, pixels)
+    most = {"left": 63, "right": 63, "circle": 23, "centre": 12}.get(move, 47)
+    for pixels in (0, most + 1):
+        with pytest.raises(ValueError, match=f"1 to {most} pixels, not {pixels}"):
+            camera.uncover(image, move, pixels)
     camera.uncover(image, move, most)
+
+
+@pytest.mark.parametrize("move", camera.MOVES)
+def test_an_image_of_one_pixel_is_too_small_for_every_move(move):
+    with pytest.raises(ValueError, match=f"1×1 pixels is too small for {move}"):
+        camera.uncover(np.zeros((1, 1, 3), np.uint8), move, 1)
+
+
+def test_impossible_sizes_are_refused():
+    image = np.zeros((48, 64, 3), np.uint8)
     with pytest.raises(ValueError, match="3×2 pixels is too small for circle"):
         camera.uncover(np.zeros((2, 3, 3), np.uint8), "circle", 1)
     with pytest.raises(ValueError, match="64×48 pixels, not 48×48"):
         camera.uncover(image, "centre", 4, inner_image=image[:, :48])
 
 
-def test_unknown_moves_and_wrong_images_are_refused():
+IMAGE = np.zeros((48, 64, 3), np.uint8)
+
+TAKE_A_MOVE = {                                         # function → (the call, the moves it knows)
+    "uncover": (lambda move: camera.uncover(IMAGE, move, 4), camera.MOVES),
+    "inner_box": (lambda move: camera.inner_box((64, 48), move, 4), camera.BORDER_MOVES),
+    "pan_windows": (lambda move: camera.pan_windows(move, 4, 1), camera.DIRECTIONS),
+    "pan_frames": (
+        lambda move: next(camera.pan_frames(IMAGE, (8, 8), move, 4, (32, 32), (32, 32), 2)),
+        camera.DIRECTIONS,
+    ),
+    "animate": (lambda move: animate(IMAGE, move, lambda view, mask: view), camera.MOVES),
+    "default_pixels": (lambda move: default_pixels(move, (64, 48)), camera.MOVES),
+    "inpaint_strip": (
+        lambda move: inpaint_strip(IMAGE, move, lambda view, mask: view, 1, 4),
+        camera.DIRECTIONS,
+    ),
+}
+
+
+@pytest.mark.parametrize("function", TAKE_A_MOVE)
+def test_an_unknown_move_is_refused_with_its_name_and_the_known_moves(function):
+    call, known = TAKE_A_MOVE[function]
+    unknown = [move for move in camera.MOVES if move not in known]
+    for move in ("sideways", "center", "", None, *unknown):
+        with pytest.raises(ValueError) as error:
+            call(move)
+        assert str(error.value) == f"move must be one of {', '.join(known)}, not {move!r}"
+    for move in known:
+        call(move)
+
+
+def test_wrong_images_are_refused():
     image = np.zeros((48, 64, 3), np.uint8)
-    with pytest.raises(ValueError, match="sideways"):
-        camera.uncover(image, "sideways", 4)
     for wrong in (image.astype(float), image[..., 0], np.zeros((4, 48, 64), np.uint8), None):
         with pytest.raises(ValueError, match="uint8"):
             camera.uncover(wrong, "right", 4)

@@ -89,6 +89,16 @@ def test_clipping_equals_diffusers(toy):
         assert step.x0.abs().max() <= 1
 
 
+def test_clipping_after_guidance_limits_x0_and_clipping_before_it_does_not():
+    x, t = make_x_T(), torch.tensor([400, 400])
+    denoise_cond = make_denoiser("x0", lambda x: 2 * torch.sin(x))
+    denoise_uncond = make_denoiser("x0", torch.cos)
+    after = clipped(guided(denoise_cond, denoise_uncond, scale=3.0), COSINE)
+    before = guided(clipped(denoise_cond, COSINE), clipped(denoise_uncond, COSINE), scale=3.0)
+    assert after(x, t).x0.abs().max() <= 1
+    assert before(x, t).x0.abs().max() > 1
+
+
 # ---------------------------------------------------------------- two contexts in one batch
 
 

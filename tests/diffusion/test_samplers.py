@@ -200,7 +200,7 @@ def test_ddim_and_heun_equal_diffusers_euler_and_heun(
 ):
     """Their samples are x / alpha_t, so x_T is divided by alpha_t here."""
     monkeypatch.setattr(scheduling_euler_discrete, "torch", TorchInFloat64())
-    timesteps = karras_timesteps(schedule, steps, sigma_max=math.inf)
+    timesteps = karras_timesteps(schedule, steps, sigma_bar_max=math.inf)
     scheduler = scheduler_class(prediction_type=DIFFUSERS_TYPE[prediction_type])
     scheduler.alphas_cumprod = schedule.alpha_bar
     set_noise_levels(scheduler, schedule, timesteps, twice=sampler is heun)
@@ -325,8 +325,8 @@ def test_karras_timesteps_equal_diffusers_rounded_to_integers():
     # timestep by less than 0.001.
     theirs = scheduler.timesteps[[0, *range(1, 19, 2)]]
     expected = [round(float(t)) for t in theirs]
-    assert karras_timesteps(LINEAR, 10, sigma_max=math.inf) == expected
-    assert karras_timesteps(LINEAR, 1000, sigma_max=math.inf) == list(range(999, -1, -1))
+    assert karras_timesteps(LINEAR, 10, sigma_bar_max=math.inf) == expected
+    assert karras_timesteps(LINEAR, 1000, sigma_bar_max=math.inf) == list(range(999, -1, -1))
 
     # By default the first one is nearest to sigma_t / alpha_t = 80.
     first = karras_timesteps(COSINE, 12)[0]
@@ -342,8 +342,7 @@ def test_a_new_sampler_is_a_step_function_for_the_sampling_loop(toy):
     """The example of samplers.py, deterministic DDIM."""
     def step(schedule, prediction, x_t, t, s, z):
         assert z is None
-        alpha_bar_s = schedule.alpha_bar_at(s)
-        return alpha_bar_s ** 0.5 * prediction.x0 + (1 - alpha_bar_s) ** 0.5 * prediction.eps
+        return schedule.alpha_at(s) * prediction.x0 + schedule.sigma_at(s) * prediction.eps
 
     denoise = GaussianDiffusion(COSINE, "v").denoiser(toy)
     timesteps = spaced_timesteps(1000, 7)
@@ -382,6 +381,27 @@ def test_euler_ancestral_as_a_step_function_is_ddim_with_eta_1(toy, schedule, st
     )
     for step_ours, step_ddim in zip(ours, expected, strict=True):
         torch.testing.assert_close(step_ours.x, step_ddim.x, rtol=0, atol=1e-12)
+
+
+@both_schedules
+def test_ddim_is_euler_s_method_for_x_divided_by_alpha(toy, schedule):
+    """x̄_s = x̄_t + (σ̄_s - σ̄_t) eps, with x̄ = x / alpha and σ̄ = sigma / alpha."""
+    def step(schedule, prediction, x_t, t, s, z):
+        alpha_t, alpha_s = schedule.alpha_at(t), schedule.alpha_at(s)
+        sigma_bar_t, sigma_bar_s = schedule.sigma_at(t) / alpha_t, schedule.sigma_at(s) / alpha_s
+        return alpha_s * (x_t / alpha_t + (sigma_bar_s - sigma_bar_t) * prediction.eps)
+
+    denoise = GaussianDiffusion(schedule, "v").denoiser(toy)
+    timesteps = spaced_timesteps(960, 13)
+    ours = sampling_loop(step, denoise, schedule, timesteps, x_T=make_x_T(), stochastic=False)
+    expected = ddim(denoise, schedule, spacing=timesteps, x_T=make_x_T())
+    for step_ours, step_ddim in zip(ours, expected, strict=True):
+        torch.testing.assert_close(step_ours.x, step_ddim.x, rtol=0, atol=1e-12)
+
+
+def test_the_options_of_the_sampling_loop_are_passed_by_keyword(toy):
+    with pytest.raises(TypeError, match="positional"):
+        next(sampling_loop(None, toy, COSINE, [5, 0], (2, 3, 8, 8)))
 
 
 def test_the_same_seed_gives_the_same_image(toy):

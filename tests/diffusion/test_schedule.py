@@ -55,6 +55,16 @@ def test_alpha_bar_is_the_cumulative_product_of_1_minus_beta():
     assert schedule.alpha_bar_at(-1) == 1.0
 
 
+def test_alpha_at_and_sigma_at_are_those_of_a_timestep_and_1_and_0_at_the_clean_image():
+    schedule = NoiseSchedule([0.1, 0.2, 0.5])
+    assert schedule.alpha_at(1) == float(schedule.alpha_t[1])
+    assert schedule.sigma_at(1) == float(schedule.sigma_t[1])
+    assert schedule.alpha_at(0) < 1
+    assert schedule.sigma_at(0) > 0
+    assert schedule.alpha_at(-1) == 1.0
+    assert schedule.sigma_at(-1) == 0.0
+
+
 def test_cosine_schedule_equals_its_formula_in_float64():
     schedule, t = NoiseSchedule.cosine(1000), 500
 

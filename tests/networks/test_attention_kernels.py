@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 from easy_diffusion.networks import attention_kernels
 from easy_diffusion.networks.attention_kernels import (
+    attend,
     attention_weights,
     chunked_attention,
     plain_attention,
-    scaled_dot_product_attention,
 )
 from easy_diffusion.networks.blocks import Attention
 
@@ -80,7 +80,7 @@ def test_either_kernel_gives_the_same_numbers_and_gradients(masked, kernel, max_
     expected_gradients = torch.autograd.grad(expected.square().sum(), inputs)
     monkeypatch.setattr(attention_kernels, "MAX_PLAIN_KEYS", max_keys)
     calls = count_calls(monkeypatch, F, "scaled_dot_product_attention")
-    out = scaled_dot_product_attention(q, k, v, mask)
+    out = attend(q, k, v, mask)
     assert len(calls) == (kernel == "fused")
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
     gradients = torch.autograd.grad(out.square().sum(), inputs)
@@ -92,7 +92,7 @@ def test_either_kernel_gives_the_same_numbers_and_gradients(masked, kernel, max_
 def test_one_context_and_one_mask_serve_all_images(max_keys, monkeypatch):
     q, k, v, mask = make_inputs(masked=True)
     monkeypatch.setattr(attention_kernels, "MAX_PLAIN_KEYS", max_keys)
-    out = scaled_dot_product_attention(q, k[2:3], v[2:3], mask[2:3])
+    out = attend(q, k[2:3], v[2:3], mask[2:3])
     repeated = (y[2:3].expand(5, *y.shape[1:]) for y in (k, v, mask))
     torch.testing.assert_close(out, formula(q, *repeated), rtol=0, atol=1e-6)
 

@@ -711,6 +711,20 @@ def test_out_of_memory_doubles_the_number_of_micro_batches_once(tmp_path):
         list(train_limited(max_batch=1))
 
 
+def test_a_step_with_several_notes_joins_them_and_begins_with_that_on_the_memory():
+    class Full(FaultyDiffusion):
+        def loss(self, network, x0, *arguments):
+            if len(x0) > 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().loss(network, x0, *arguments)
+
+    with pytest.warns(UserWarning):
+        step = next(iter(train_small(diffusion=Full({0}), patience=100)))
+    memory, split, health = step.note.split("; ")
+    assert (memory, health) == ("out of memory at step 0", "step 0 is skipped: the loss is nan")
+    assert split.startswith("from now on each batch of ")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_network_trains_alike_and_resumes_even_uncompiled(tmp_path, monkeypatch):
     """Forward and backward are traced, without the C++ compiler that the default backend needs."""
