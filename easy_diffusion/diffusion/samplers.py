@@ -292,12 +292,13 @@ def dpm_solver(
         if s < 0:
             return prediction.x0
 
-        # Extrapolate x0 to the middle of this step, linearly in λ.
+        # Extrapolate x0 to the middle of this step, linearly in λ: torch.lerp(a, b, w) is
+        # a + w (b - a), here x0 + h / (2 h_prev) (x0 - x0_prev).
         # If alpha_t = 0, which only the first step can have, then h = ∞: e^-h is 0 below, and
         # h / h_prev is 0 in the next step, which therefore does not extrapolate.
         h = float(compute_lambda(schedule, s) - compute_lambda(schedule, t))
         x0 = prediction.x0
-        x0_mid = x0 if x0_prev is None else x0 + h / (2 * h_prev) * (x0 - x0_prev)
+        x0_mid = x0 if x0_prev is None else torch.lerp(x0_prev, x0, 1 + h / (2 * h_prev))
         x0_prev = x0
         h_prev = h
 
@@ -307,7 +308,8 @@ def dpm_solver(
         sigma_ratio = sigma_s / schedule.sigma_at(t)
         if not stochastic:
             one_minus_exp = -math.expm1(-h)             # 1 - e^-h
-            return sigma_ratio * x_t + alpha_s * one_minus_exp * x0_mid
+            # sigma_ratio x_t + alpha_s (1 - e^-h) x0_mid
+            return torch.add(sigma_ratio * x_t, x0_mid, alpha=alpha_s * one_minus_exp)
         noise_fraction = -math.expm1(-2 * h)            # 1 - e^-2h: part of sigma_s² that is new
         return (
             sigma_ratio * math.exp(-h) * x_t
