@@ -133,9 +133,9 @@ def gaussian():
     return make_denoiser
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def separate_accelerator_state():
-    """Reset accelerate's state, so that --precision may differ from that of other tests."""
+    """Reset the state that accelerate keeps per process: no test depends on another's precision."""
     def reset():
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()

@@ -34,7 +34,6 @@ from easy_diffusion.training.train_autoencoder import train_autoencoder
 from easy_diffusion.training.trainer import train
 
 OLD = Path(__file__).with_name("old_files")
-pytestmark = pytest.mark.usefixtures("separate_accelerator_state")
 
 
 @pytest.fixture

@@ -32,8 +32,6 @@ SMALL_NETWORK = [
 SMALL_DISHES = ["--size", "32", "--dishes", "24"]
 
 
-pytestmark = pytest.mark.usefixtures("separate_accelerator_state")
-
 
 def write_store(folder, captions):
     """Write an LMDB store of drawn dishes of 32×32 pixels with these captions."""
