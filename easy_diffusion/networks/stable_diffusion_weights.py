@@ -30,9 +30,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from .weights_io import atomic_path, load_weights, open_tensors
+from .weights_io import atomic_path, load_weights, open_tensors, save_tensors
 
 # What reading a tensor of a damaged file raises
 READ_ERRORS = (
@@ -372,8 +371,7 @@ def save_stable_diffusion(module, path) -> None:
         with atomic_path(path / "config.json") as temporary:
             temporary.write_text(json.dumps(make_config(module), indent=1))
         path = path / "diffusion_pytorch_model.safetensors"
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, {"format": "pt"})
+    save_tensors(path, state)
 
 
 def make_config(module) -> dict:

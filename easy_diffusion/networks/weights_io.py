@@ -48,10 +48,15 @@ def save_tree(path, tree) -> None:
     Raises TypeError for any other leaf, naming its place in the tree, and OSError if the disk is
     full. In both cases a file that was at `path` before stays as it was.
     """
+    with atomic_path(path) as temporary:
+        write_tree(temporary, tree)
+
+
+def write_tree(temporary: Path, tree) -> None:
+    """Write a tree to the temporary path that `atomic_path` yields; errors as for `save_tree`."""
     tensors = {}
     header = {HEADER: json.dumps(flatten_tree(tree, tensors), ensure_ascii=False)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    save_file(tensors, temporary, metadata=header)
 
 
 @contextlib.contextmanager
@@ -203,6 +208,15 @@ def _tuples_to_lists(value):
 
 
 # ---------------------------------------------------------------- files of other projects
+
+
+def save_tensors(path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write named, contiguous tensors as a safetensors file for other projects.
+
+    Raises OSError if the disk is full; a file that was at `path` before then stays as it was.
+    """
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
 
 
 def read_tensors(path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ one, never an incomplete one.
     path.best       the one with the lowest loss
 
 If the newest file is damaged, `load_newest_checkpoint` takes the newest that is not. The file
-needs torch, safetensors, files.py, the folder networks/ and, beside it, data_loader.py.
+needs torch, safetensors, the folder networks/ and, beside it, data_loader.py.
 
 >>> import tempfile
 >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
@@ -25,7 +25,6 @@ needs torch, safetensors, files.py, the folder networks/ and, beside it, data_lo
 """
 
 import itertools
-import json
 import os
 import shutil
 import warnings
@@ -33,10 +32,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..files import atomic_path
-from ..networks.weights_io import HEADER, check_settings, flatten_tree, load_tree, load_weights
+from ..networks.weights_io import (
+    atomic_path,
+    check_settings,
+    load_tree,
+    load_weights,
+    write_tree,
+)
 from .data_loader import images_per_step
 
 # ---------------------------------------------------------------- writing
@@ -54,14 +57,8 @@ def save_checkpoint(path, tree, keep: int = 1, best: bool = False) -> None:
     Raises TypeError for any other leaf, naming its position in the tree, and OSError if the disk
     is full. In both cases the file at `path` is unchanged.
     """
-    tensors = {}
-    skeleton = flatten_tree(tree, tensors)
     with atomic_path(path) as temporary:
-        try:
-            header = {HEADER: json.dumps(skeleton, ensure_ascii=False)}
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:    # what safetensors raises if the disk is full
-            raise OSError(f"{path} could not be written: {error}") from error
+        write_tree(temporary, tree)
         if best:
             link_or_copy(temporary, f"{path}.best")
         if keep > 1 and is_intact(path):    # a damaged file must not replace an intact one
@@ -147,14 +144,11 @@ def is_intact(path) -> bool:
         return False
 
 
-def check_compatible(
-    path, saved, optimizers: list, prediction_type: str, images_per_step: int | None
-) -> None:
+def check_compatible(path, saved, optimizers: list, images_per_step: int | None) -> None:
     """Raise ValueError, naming the difference, unless this training can resume from a checkpoint.
 
     path, saved: the checkpoint's file, for the message, and its tree.
     optimizers: the optimizers of this training.
-    prediction_type: of this training's diffusion, such as "eps" or "v".
     images_per_step: in all processes, or None if not known. It must be the saved one, because the
         position in the epoch follows from the number of steps.
     """
@@ -166,10 +160,6 @@ def check_compatible(
         was = "with" if len(optimizers) == 1 else "without"
         raise ValueError(
             f"{path} was trained {was} Muon: resume {was} a muon_learning_rate"
-        )
-    if saved["prediction_type"] != prediction_type:
-        raise ValueError(
-            f"{path} was trained to predict {saved['prediction_type']}, not {prediction_type}"
         )
     was = saved.get("images_per_step")
     if was is not None and images_per_step is not None and was != images_per_step:
@@ -257,7 +247,6 @@ def load_training(trainer) -> None:
         path,
         saved,
         trainer.optimizers.adamw,
-        trainer.diffusion.prediction_type,
         images_per_step(trainer.loader, trainer.world_size),
     )
     check_network(saved, trainer.models["network"], trainer.diffusion.prediction_type)

@@ -17,7 +17,7 @@ the number of steps. A training that was killed resumes from it and, on a CPU an
 
 The file needs torch and accelerate and, beside it, autoencoder_losses.py, checkpoint.py, clock.py,
 data_loader.py, distributed.py, ema.py, muon.py, optimizers.py and options.py; from this package
-also files.py, diffusion/ and networks/. Its example needs networks/autoencoder.py.
+also diffusion/ and networks/. Its example needs networks/autoencoder.py.
 
 >>> from ..networks.autoencoder import Autoencoder
 >>> images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)

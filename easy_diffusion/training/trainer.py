@@ -14,9 +14,9 @@ With a loader of `make_loader` a run that was killed ends with the weights of an
 CPU bit for bit, unless its length is given in minutes; see draws.py.
 
 accelerate handles the device, the precision and the communication. The file needs torch,
-accelerate, safetensors, psutil, the folders diffusion/ and networks/, files.py and, beside it, all
-files that are named here and data_loader.py, draws.py, ema.py, loss_history.py, muon.py, options.py
-and training_step.py.
+accelerate, safetensors, psutil, the folders diffusion/ and networks/ and, beside it, all files that
+are named here and data_loader.py, draws.py, ema.py, loss_history.py, muon.py, options.py and
+training_step.py.
 
 >>> from ..diffusion.gaussian import GaussianDiffusion
 >>> from ..diffusion.schedule import NoiseSchedule

@@ -128,7 +128,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half of i")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("easy_diffusion.training.checkpoint.save_file", save_to_full_disk)
+    monkeypatch.setattr("easy_diffusion.networks.weights_io.save_file", save_to_full_disk)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path / "a", {"step": 2})
     assert saved_steps(tmp_path) == {"a": 1}

@@ -13,9 +13,9 @@ from easy_diffusion.diffusion.samplers import ddim
 from easy_diffusion.diffusion.schedule import NoiseSchedule
 from easy_diffusion.diffusion.score_sde import VarianceExploding
 from easy_diffusion.diffusion.timesteps import ImportanceTimesteps, uniform_time
+from easy_diffusion.networks import weights_io
 from easy_diffusion.networks.text_encoder import CharacterEncoder
 from easy_diffusion.networks.unet import UNet
-from easy_diffusion.training import checkpoint as checkpoint_file
 from easy_diffusion.training.checkpoint import load_checkpoint
 from easy_diffusion.training.data_loader import make_loader
 from easy_diffusion.training.loss_history import update_quartile_losses
@@ -439,7 +439,7 @@ def test_a_truncated_checkpoint_costs_only_the_steps_since_the_previous_one(tmp_
 def test_training_continues_while_the_disk_is_full(tmp_path, monkeypatch):
     """The previous checkpoint is kept; when there is space again, the next one is written."""
     attempts = []
-    save_file = checkpoint_file.save_file
+    save_file = weights_io.save_file
 
     def save_to_full_disk(tensors, path, metadata):
         attempts.append(path)
@@ -448,7 +448,7 @@ def test_training_continues_while_the_disk_is_full(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("easy_diffusion.training.checkpoint.save_file", save_to_full_disk)
+    monkeypatch.setattr("easy_diffusion.networks.weights_io.save_file", save_to_full_disk)
     indices = []
     message = "after step 2 could not be written; the previous one is kept.*: .*No space left"
     with pytest.warns(UserWarning, match=message):
@@ -467,7 +467,7 @@ def test_training_continues_while_the_disk_is_full(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_that_could_not_be_written_is_not_the_best(tmp_path, monkeypatch):
     """The loss of step 5 is a tenth of the others', but the disk is full after that step."""
-    save_file = checkpoint_file.save_file
+    save_file = weights_io.save_file
     index = 0
 
     def save_to_full_disk(tensors, path, metadata):
@@ -475,7 +475,7 @@ def test_a_checkpoint_that_could_not_be_written_is_not_the_best(tmp_path, monkey
             raise OSError(28, "No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("easy_diffusion.training.checkpoint.save_file", save_to_full_disk)
+    monkeypatch.setattr("easy_diffusion.networks.weights_io.save_file", save_to_full_disk)
     diffusion = FaultyDiffusion([5], lambda loss: loss / 10)
     for step in train_small(tmp_path / "c", save_seconds=0, window=1, diffusion=diffusion):
         index = step.index + 1
