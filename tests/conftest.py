@@ -1,8 +1,13 @@
 """Shared fixtures: a toy network, and Gaussian mixtures with an exactly known denoiser."""
 
 import math
+import os
 import shutil
 from pathlib import Path
+
+# One thread, set before torch is imported: a forked process hangs at its first parallel operation
+# if this process has used several threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
