@@ -49,7 +49,8 @@ from .demo_options import parse_options, read_mask
 from .files import write_atomically
 from .generate import generate_images, make_model_inpainter
 from .images import contact_sheet, encode_png, load_chinese_font
-from .inpainting.stable_diffusion_inpainter import load_pipeline, make_stable_diffusion_inpainter
+from .inpainting.stable_diffusion_inpainter import make_stable_diffusion_inpainter
+from .inpainting.stable_diffusion_pipeline import load_pipeline
 from .presets import build_networks, prepare_dishes, prepare_latents, train_or_load
 from .training.data_loader import derive_seed
 

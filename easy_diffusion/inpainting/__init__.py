@@ -7,10 +7,11 @@ returns the pixels outside the mask unchanged. The files, in reading order:
     latent_repaint.py               the same in the latent space of an autoencoder
     blending.py                     place an inpainted region into an image without a seam
     stable_diffusion_inpainter.py   Stable Diffusion's inpainting model
+    stable_diffusion_pipeline.py    load it with diffusers; convert pickled weights
 
-When the folder is copied into another project, it needs diffusion/, networks/, files.py, images.py
-and latent_space.py beside it; repaint.py and blending.py alone need only diffusion/. The packages
-are torch, numpy, Pillow and safetensors; `make_stable_diffusion_inpainter` and `load_pipeline` also
+When the folder is copied into another project, it needs diffusion/, networks/, images.py and
+latent_space.py beside it; repaint.py and blending.py alone need only diffusion/. The packages are
+torch, numpy, Pillow and safetensors; `make_stable_diffusion_inpainter` and `load_pipeline` also
 need diffusers and transformers.
 """
 
@@ -19,11 +20,10 @@ from .latent_repaint import latent_mask, make_latent_inpainter
 from .repaint import make_inpainter, repaint_levels, repaint_sampling
 from .stable_diffusion_inpainter import (
     Inpainter,
-    convert_to_safetensors,
-    load_pipeline,
     make_inpainter_from_networks,
     make_stable_diffusion_inpainter,
 )
+from .stable_diffusion_pipeline import convert_to_safetensors, load_pipeline
 
 __all__ = [
     "Inpainter",

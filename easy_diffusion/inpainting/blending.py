@@ -78,6 +78,11 @@ def pad_to_multiple(
     return padded_image, padded_mask
 
 
+def from_pixel_values(image: np.ndarray) -> torch.Tensor:
+    """Convert an image uint8 [H, W, 3] to float32 [1, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
 def to_pixel_values(x: torch.Tensor) -> np.ndarray:
     """Convert one image [1, 3, H, W] in [-1, 1] to float32 [H, W, 3] in 0 … 255, not rounded."""
     x = x[0].float().clamp(-1, 1)

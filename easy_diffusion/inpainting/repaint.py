@@ -41,7 +41,7 @@ import torch
 
 from ..diffusion.prediction import normal_noise
 from ..diffusion.samplers import Step, ddpm_step, spaced_timesteps
-from .blending import blend, check_mask, pad_to_multiple, to_pixel_values
+from .blending import blend, check_mask, from_pixel_values, pad_to_multiple, to_pixel_values
 
 
 def repaint_levels(steps: int, jump: int, resamples: int) -> list[int]:
@@ -165,8 +165,7 @@ def make_inpainter(
             return image.copy()
         height, width = mask.shape
         padded_image, padded_mask = pad_to_multiple(image, mask, size_multiple)
-        x0 = torch.from_numpy(padded_image).permute(2, 0, 1)[None]          # [1, 3, H, W]
-        x0 = x0.float().to(device) / 127.5 - 1
+        x0 = from_pixel_values(padded_image).to(device)                     # [1, 3, H, W]
         pixel_mask = torch.from_numpy(padded_mask)[None, None].to(device)   # [1, 1, H, W]
         sampling = repaint_sampling(
             denoise, schedule, x0, pixel_mask, steps, jump, resamples, generator

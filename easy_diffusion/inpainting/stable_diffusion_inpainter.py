@@ -20,8 +20,9 @@ image, which returns the pixels outside the mask unchanged. They share two adjus
   latent; otherwise the model would keep latents at its edge that encode masked, grey pixels.
 - Colour. D(E(x)) differs slightly from x; `blend` corrects the difference (blending.py).
 
-The file needs torch, numpy, Pillow and safetensors, blending.py beside it, and diffusion/,
-networks/ and files.py. `make_stable_diffusion_inpainter` also needs diffusers and transformers.
+The file needs torch, numpy, Pillow and safetensors, blending.py and stable_diffusion_pipeline.py
+beside it, and diffusion/ and networks/. `make_stable_diffusion_inpainter` also needs diffusers and
+transformers.
 
 >>> from ..networks.autoencoder import Autoencoder
 >>> from ..networks.unet import UNet
@@ -47,17 +48,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 
 from ..diffusion.gaussian import GaussianDiffusion
 from ..diffusion.guidance import guided
 from ..diffusion.prediction import normal_noise
 from ..diffusion.samplers import Step, ddim, dpm_solver, spaced_timesteps
 from ..diffusion.schedule import NoiseSchedule
-from ..files import atomic_path
 from ..networks.fast_unet import make_fast
-from ..networks.stable_diffusion_weights import PARTS, read_stable_diffusion
-from .blending import blend, check_mask, to_pixel_values
+from .blending import blend, check_mask, from_pixel_values, to_pixel_values
+from .stable_diffusion_pipeline import load_pipeline
 
 SAMPLERS = {"ddim": ddim, "dpm_solver": dpm_solver}
 Inpainter = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -163,162 +162,6 @@ def make_stable_diffusion_inpainter(
     return _make_resizing_inpainter(inpaint_resized, size, pipe.vae_scale_factor, downsamplings)
 
 
-def load_pipeline(path, config=None, device=None, dtype=None, offload: bool = False):
-    """Load diffusers' StableDiffusionInpaintPipeline from disk, without the safety checker.
-
-    Nothing is downloaded, and no pickle is opened.
-
-    path: a folder in diffusers' layout with safetensors, or one `.safetensors` file in the layout
-        of the original Stable Diffusion.
-    config: for a single file, which holds only weights: a folder with the JSON files and the
-        tokenizer of the same model.
-    device: default the GPU if there is one, else the CPU.
-    dtype: default float16 on a GPU, float32 on a CPU.
-    offload: keep only the network that is running on the GPU. It needs less GPU memory and more
-        time, and has no effect on a CPU.
-
-    Raises FileNotFoundError with a list of what is missing, and ValueError for pickles.
-    """
-    path = Path(path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
-    _check_files(path, config)
-
-    from diffusers import StableDiffusionInpaintPipeline
-
-    options = dict(
-        dtype=dtype,
-        local_files_only=True,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    if path.is_dir():
-        has_full_precision = _find_weights(path / "unet", ".safetensors", exclude=".fp16.")
-        pipe = StableDiffusionInpaintPipeline.from_pretrained(
-            path,
-            use_safetensors=True,
-            variant=None if has_full_precision else "fp16",
-            **options,
-        )
-    else:
-        pipe = StableDiffusionInpaintPipeline.from_single_file(
-            str(path), config=str(config), **options
-        )
-    pipe.set_progress_bar_config(disable=True)
-    if offload and device.type != "cpu":
-        pipe.enable_model_cpu_offload(device=device)
-        return pipe
-    return pipe.to(device)
-
-
-def convert_to_safetensors(path, to=None) -> Path:
-    """Convert pickled Stable Diffusion weights to safetensors; no code of the pickles is run.
-
-    path: a `.ckpt` file, which becomes one `.safetensors` file; or a folder in diffusers' layout,
-        where each `.bin` file gets a `.safetensors` file beside it.
-    to: output file for a `.ckpt`, by default the same name with the ending `.safetensors`.
-
-    Returns the path of the file or folder. Raises FileNotFoundError, or ValueError for a damaged
-    file or one without UNet, autoencoder or text encoder.
-    """
-    path = Path(path)
-    state_dict = {}
-    for part, (folder, prefix) in PARTS.items():
-        tensors = {
-            name: tensor.contiguous()
-            for name, tensor in read_stable_diffusion(path, part).items()
-        }
-        if path.is_dir():
-            if part == "text encoder":
-                file = "model.safetensors"
-            else:
-                file = "diffusion_pytorch_model.safetensors"
-            _save_safetensors(tensors, path / folder / file)
-        state_dict |= {prefix + name: tensor for name, tensor in tensors.items()}
-    if path.is_dir():
-        return path
-    to = Path(to or path.with_suffix(".safetensors"))
-    _save_safetensors(state_dict, to)
-    return to
-
-
-def _save_safetensors(tensors, path):
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
-
-
-def _check_files(path, config):
-    """Raise an error that names what is missing or pickled.
-
-    Without this check diffusers would try to download missing files, or open the pickles.
-    """
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no Stable Diffusion at {path}: give a folder in diffusers' layout, "
-            "or a .safetensors file"
-        )
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(
-                f"{path} is a pickle, which can run code when it is opened: convert it once with "
-                f"stable_diffusion_inpainter.convert_to_safetensors({str(path)!r}), "
-                "which runs none of it"
-            )
-        if config is None or not Path(config).is_dir():
-            raise FileNotFoundError(
-                f"{path} holds only weights, and config={config!r} is not a folder: "
-                "give config=FOLDER with the JSON files and the tokenizer of the same model "
-                "(a folder in diffusers' layout without the weights)"
-            )
-
-    # A single file holds all weights; a folder must have those of each part.
-    if path.is_dir():
-        folder = path
-        parts = ("unet", "vae", "text_encoder")
-    else:
-        folder = Path(config)
-        parts = ()
-    required = [
-        "model_index.json",
-        "unet/config.json",
-        "vae/config.json",
-        "text_encoder/config.json",
-        "scheduler/scheduler_config.json",
-    ]
-    missing = [name for name in required if not (folder / name).is_file()]
-    if not (folder / "tokenizer").is_dir():
-        missing.append("tokenizer/")
-    pickled = []
-    for part in parts:
-        if _find_weights(folder / part, ".safetensors"):
-            continue
-        if _find_weights(folder / part, ".bin"):
-            pickled.append(part)
-        else:
-            missing.append(f"{part}/*.safetensors")
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} is not a complete Stable Diffusion: it lacks {', '.join(missing)}"
-        )
-    if pickled:
-        raise ValueError(
-            f"the weights of {', '.join(pickled)} in {folder} are pickles, which can run code when "
-            "they are opened: convert them once with "
-            f"stable_diffusion_inpainter.convert_to_safetensors({str(folder)!r}), "
-            "which runs none of it"
-        )
-
-
-def _find_weights(folder, ending, exclude=None):
-    """The files in a folder with this ending, without those that have `exclude` in their name."""
-    return [
-        file
-        for file in folder.glob(f"*{ending}")
-        if exclude is None or exclude not in file.name
-    ]
-
-
 # ---------------------------------------------------------------- with our own networks
 
 
@@ -376,8 +219,7 @@ def make_inpainter_from_networks(
 
     @torch.no_grad()
     def inpaint_resized(image, mask):
-        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]           # [1, 3, H, W]
-        x = x.float().to(device) / 127.5 - 1
+        x = from_pixel_values(image).to(device)                             # [1, 3, H, W]
         m = torch.from_numpy(mask)[None, None].float().to(device)           # [1, 1, H, W]
 
         # The latent to start from: noise, or the image with noise added.

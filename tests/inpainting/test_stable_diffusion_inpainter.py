@@ -13,10 +13,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from easy_diffusion.demo import main
 from easy_diffusion.inpainting.stable_diffusion_inpainter import (
     compute_working_size,
-    convert_to_safetensors,
-    load_pipeline,
     make_inpainter_from_networks,
     make_stable_diffusion_inpainter,
+)
+from easy_diffusion.inpainting.stable_diffusion_pipeline import (
+    convert_to_safetensors,
+    load_pipeline,
 )
 from easy_diffusion.networks.autoencoder import Autoencoder
 from easy_diffusion.networks.stable_diffusion_weights import PARTS, save_stable_diffusion
