@@ -15,10 +15,14 @@ and the files beside them:
     images.py           PNG files and contact sheets with Chinese captions
     latent_space.py     encoding and decoding batches with an autoencoder
     presets.py          the demo's data sets, networks and hyperparameters
-    dish_classifier.py  the attribute classifier of drawn dishes, trained and saved
+    pretrained.py       trained models as files that contain all that rebuilds them
     generate.py         from trained networks to images of named dishes
+    dish_classifier.py  the attribute classifier of drawn dishes, trained and saved
     demo.py             the command python -m easy_diffusion.demo
     demo_options.py     its options
+    train_demo.py       the command python -m easy_diffusion.train_demo
+    app.py              the local web page: python -m easy_diffusion.app
+    app_requests.py     what its buttons do
     train_model.py      the command python -m easy_diffusion.train_model
     train_options.py    its options
     train_setup.py      from its options to a dataset, a text encoder, a network and a diffusion

@@ -2,33 +2,21 @@
 
     python -m easy_diffusion.demo 番茄炒鸡蛋 --move right
 
-The first run draws a data set of dishes, trains a network on it from scratch, and saves both. A
-later run loads them; an interrupted run is resumed by the same command. The trained network
+It uses the trained networks in weights/ or, with --weights, those of another folder. The network
 generates the dish and inpaints what the camera's move uncovers. The files in --out are
 
     <name>_<move>.gif      the animated dish (or .mp4, .webp: --format)
     <name>.png             the dish
     <name>_all.gif         with --move all: all ten moves side by side
     all_<move>.gif         with several names: all of them side by side
-    held_out_64.png        held-out dishes, generated (left) and drawn (right): combinations of
+    held_out_128.png       held-out dishes, generated (left) and drawn (right): combinations of
                            ingredients that the training data does not contain
-    loss_64.png            the training loss
-    autoencoder_128.png    with --latent: held-out dishes and their reconstructions
 
-With --latent an autoencoder is trained first, on the same dishes, and the network is trained on its
-latents: twice the image size at the same cost per step. With --image the camera moves over a
-photograph instead of a generated dish, and --mask selects a region of it to inpaint first. With
---inpainter sd Stable Diffusion inpaints instead of the trained network.
-
-The options are in demo_options.py; the data sets, networks and hyperparameters in presets.py.
-
->>> plot_loss([0.5, 0.4, 0.3])[1:4]
-b'PNG'
+With --image the camera moves over a photograph instead of a generated dish, and --mask selects a
+region of it to inpaint first. With --inpainter sd Stable Diffusion inpaints instead of the trained
+network. The options are in demo_options.py. train_demo.py trains the networks.
 """
 
-import io
-import itertools
-import random
 import sys
 import time
 import warnings
@@ -36,113 +24,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from tqdm.auto import tqdm
 
 from datasets.aipos import load_photo
-from datasets.dishes import attributes, dish_names, draw_dish
+from datasets.dishes import attributes
 
 from .animation.camera import MOVES
 from .animation.film import animate, mosaic, write_film
 from .demo_options import parse_options, read_mask
 from .files import write_atomically
-from .generate import generate_images, make_model_inpainter
+from .generate import generate_images, make_held_out_sheet, make_model_inpainter
 from .images import contact_sheet, encode_png, load_chinese_font
 from .inpainting.stable_diffusion_inpainter import make_stable_diffusion_inpainter
 from .inpainting.stable_diffusion_pipeline import load_pipeline
-from .presets import build_networks, prepare_dishes, prepare_latents, train_or_load
+from .pretrained import load_model
 from .training.data_loader import derive_seed
-
-# ------------------------------------------------------------------ networks
-
-
-def prepare_model(options) -> tuple[tuple, list[Path]]:
-    """Train the demo's networks, or load them: ((network, encoder, diffusion, autoencoder), paths).
-
-    autoencoder is None without --latent. paths: the images of held-out dishes and of the loss.
-    """
-    size = options.size
-    store = prepare_dishes(options.out / f"dishes_{size}", options.dishes, size)
-    autoencoder = None
-    suffix = f"{size}"
-    if options.latent:
-        store, autoencoder = prepare_latents(store, options.out, size, options.minutes)
-        suffix = f"{size}_latent"
-
-    # The seed gives the same initial weights, whatever has been loaded or trained before.
-    torch.manual_seed(0)
-    characters = "".join(dish_names("train"))
-    network, encoder, diffusion = build_networks(characters, autoencoder)
-    parameters = itertools.chain(network.parameters(), encoder.parameters())
-    weights = sum(parameter.numel() for parameter in parameters)
-    data = "latents" if options.latent else "images"
-    print(f"{weights / 1e6:.1f} M weights, for {data} {list(store[0][0].shape)}", flush=True)
-    checkpoint = options.out / f"model_{suffix}.safetensors"
-    losses = train_or_load(network, encoder, diffusion, store, checkpoint, options.minutes)
-
-    # Two images show the result; they are renewed if the checkpoint is newer.
-    sheet_path = options.out / f"held_out_{suffix}.png"
-    loss_path = options.out / f"loss_{suffix}.png"
-    if not is_newer(loss_path, checkpoint):
-        write_atomically(loss_path, plot_loss(losses))
-    if not is_newer(sheet_path, checkpoint):
-        sheet = make_held_out_sheet(
-            network, encoder, diffusion, size, options.guidance, autoencoder
-        )
-        write_atomically(sheet_path, encode_png(sheet))
-    return (network, encoder, diffusion, autoencoder), [sheet_path, loss_path]
-
-
-def is_newer(path: Path, other: Path) -> bool:
-    """Return whether `path` exists and was not written before `other`."""
-    return path.exists() and path.stat().st_mtime >= other.stat().st_mtime
-
-
-def make_held_out_sheet(
-    network, encoder, diffusion, size: int, guidance: float, autoencoder=None, count: int = 12
-) -> Image.Image:
-    """Make a contact sheet of `count` held-out dishes, each generated (left) and drawn (right)."""
-    names = random.Random(0).sample(dish_names("held_out"), count)
-    generated = generate_images(
-        network,
-        encoder,
-        diffusion,
-        names,
-        size,
-        guidance=guidance,
-        show_progress=True,
-        autoencoder=autoencoder,
-    )
-    drawn = [draw_dish(name, size, seed=1).transpose(1, 2, 0) for name in names]    # [H, W, 3]
-    return contact_sheet([list(pair) for pair in zip(generated, drawn)], names, columns=3)
-
-
-def plot_loss(losses: list[float]) -> bytes:
-    """Plot the loss of each step and its running mean over 100 steps; returns a PNG file.
-
-    If there are fewer losses, the running mean is over all of them.
-    """
-    window = min(100, len(losses))
-    running_mean = np.convolve(losses, np.ones(window) / window, "valid")
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    axes.plot(losses, color="lightgrey", linewidth=0.5, label="each step")
-    axes.plot(np.arange(window - 1, len(losses)), running_mean, label=f"mean of {window}")
-    axes.set(
-        xlabel="step", ylabel="loss", yscale="log", title=f"training, {len(losses)} steps"
-    )
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    return buffer.getvalue()
 
 
 def make_inpainters(options, model, name: str, move: str) -> tuple:
     """Make two inpainters: for what lies beside the dish, and for what lies around it.
 
-    model: Stable Diffusion's pipeline with --inpainter sd; otherwise the demo's (network,
-    encoder, diffusion, autoencoder).
+    model: Stable Diffusion's pipeline with --inpainter sd; otherwise a Model of pretrained.py.
     The randomness depends on --seed and on the move alone, not on the other films of this call.
     """
     seed = derive_seed(options.seed, move)
@@ -176,10 +78,10 @@ def make_inpainters(options, model, name: str, move: str) -> tuple:
 
 
 def main(arguments=None) -> int:
-    """Train, generate, animate; see the module's docstring. Returns the exit status."""
+    """Generate, animate; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
     start = time.perf_counter()
-    load_chinese_font(12)       # raises here, rather than after the training, if there is no font
+    load_chinese_font(12)       # raises here, rather than at the end, if there is no font
     pipeline = load_pipeline(options.sd, options.sd_config) if options.inpainter == "sd" else None
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     print_plan(options)
@@ -188,7 +90,7 @@ def main(arguments=None) -> int:
     written = []
     model = None
     if not options.image or options.inpainter == "own":
-        model, written = prepare_model(options)
+        model = load_model(options.weights, options.size)
     inpainting_model = model if pipeline is None else pipeline
 
     # Dishes, uint8 [H, W, 3] each
@@ -223,6 +125,8 @@ def main(arguments=None) -> int:
             written.append(options.out / f"{name}_{move}.{options.format}")
             write_film(written[-1], films[name, move], options.fps)
     written += write_mosaics(options, films, moves)
+    if not options.image:
+        written.append(write_held_out_sheet(options, model))
     for path in written:
         print(f"wrote {path}")
     print(f"{time.perf_counter() - start:.0f} s in all")
@@ -250,6 +154,14 @@ def write_image(options, name: str, dish: np.ndarray) -> Path:
     """Write <name>.png, the dish with its name; returns the path."""
     path = options.out / f"{name}.png"
     sheet = contact_sheet([[dish]], [name], columns=1, side=options.show)
+    write_atomically(path, encode_png(sheet))
+    return path
+
+
+def write_held_out_sheet(options, model) -> Path:
+    """Write held_out_<size>.png, held-out dishes as generated and as drawn; returns the path."""
+    path = options.out / f"held_out_{options.size}.png"
+    sheet = make_held_out_sheet([model], options.size, options.guidance)
     write_atomically(path, encode_png(sheet))
     return path
 

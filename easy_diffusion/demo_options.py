@@ -3,16 +3,15 @@
 `parse_options` turns a command line into a namespace. `read_mask` reads the image of --mask, which
 the options are checked with, too. demo.py is the command.
 
->>> options = parse_options(["番茄炒鸡蛋", "清炒土豆", "--latent"])
+>>> options = parse_options(["番茄炒鸡蛋", "清炒土豆", "--size", "64"])
 >>> options.names, options.size, options.move
-(['番茄炒鸡蛋', '清炒土豆'], 128, 'circle')
+(['番茄炒鸡蛋', '清炒土豆'], 64, 'circle')
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from datasets.aipos import load_photo
@@ -20,24 +19,22 @@ from datasets.aipos import load_photo
 from .animation.camera import MOVES
 from .animation.film import FORMATS
 from .diffusion.schedule import NoiseSchedule
-from .presets import BATCH, DISHES, SIZE
+from .presets import SIZE
+from .pretrained import WEIGHTS, find_sizes
 
 
 def parse_options(arguments) -> argparse.Namespace:
     """Parse and check the command line; an invalid option ends the program with a message."""
     parser = argparse.ArgumentParser(
         prog="python -m easy_diffusion.demo",
-        description="Train a small diffusion network on drawn dishes, generate the named dishes, "
-        "and write them as animated images.",
+        description="Generate the named dishes with trained networks, and write them as animated "
+        "images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_image_options(parser)
-    add_training_options(parser.add_argument_group("training"))
     add_sampling_options(parser.add_argument_group("sampling and inpainting"))
     add_film_options(parser.add_argument_group("film"))
     options = parser.parse_args(arguments, argparse.Namespace(names=[]))
-    if not hasattr(options, "size"):
-        options.size = 2 * SIZE if options.latent else SIZE
     check_options(parser, options)
     options.names = options.names or [options.image.stem if options.image else "番茄炒鸡蛋"]
     return options
@@ -52,7 +49,17 @@ def add_image_options(parser) -> None:
     )
     parser.add_argument(
         "--out", type=Path, default=Path("out"), metavar="FOLDER",
-        help="folder for the images, the drawn dishes and the checkpoints",
+        help="folder for the images and films",
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, metavar="FOLDER",
+        help="folder with the trained networks, such as out/weights of "
+        "python -m easy_diffusion.train_demo",
+    )
+    parser.add_argument(
+        "--size", type=int, default=argparse.SUPPRESS,
+        help="height and width in pixels of the images that the network generates; the folder must "
+        "have a network for that size (default: the largest)",
     )
     parser.add_argument(
         "--image", type=Path, metavar="FILE",
@@ -62,28 +69,6 @@ def add_image_options(parser) -> None:
         "--mask", type=Path, metavar="FILE",
         help="image of the same size as --image, white in the region that is inpainted before "
         "the animation",
-    )
-
-
-def add_training_options(group) -> None:
-    """Add the options of the data set and of the training."""
-    minutes = 2.5 if torch.cuda.is_available() else 10.0
-    group.add_argument(
-        "--minutes", type=float, default=minutes,
-        help="training time in minutes; a finished training is not repeated",
-    )
-    group.add_argument(
-        "--dishes", type=int, default=DISHES,
-        help="number of drawn dishes to train on",
-    )
-    group.add_argument(
-        "--size", type=int, default=argparse.SUPPRESS,
-        help="height and width in pixels of the images that the network learns, a multiple of 8 "
-        f"(default: {SIZE}, or {2 * SIZE} with --latent)",
-    )
-    group.add_argument(
-        "--latent", action="store_true",
-        help="train an autoencoder first, also for --minutes, and the network on its latents",
     )
 
 
@@ -103,7 +88,7 @@ def add_sampling_options(group) -> None:
     )
     group.add_argument(
         "--inpainter", choices=("own", "sd"), default="own",
-        help="network that inpaints: the one trained here (own) or Stable Diffusion (sd)",
+        help="network that inpaints: that of --weights (own) or Stable Diffusion (sd)",
     )
     group.add_argument(
         "--sd", type=Path, metavar="PATH",
@@ -152,17 +137,21 @@ def add_film_options(group) -> None:
 
 def check_options(parser: argparse.ArgumentParser, options) -> None:
     """End the program with a message if options are out of range or contradict each other."""
+    # Weights. A photograph that Stable Diffusion inpaints needs none.
+    sizes = find_sizes(options.weights)
+    if not hasattr(options, "size"):
+        options.size = sizes[-1] if sizes else SIZE
+    check_size(parser, options.size)
+    if options.size not in sizes and (not options.image or options.inpainter == "own"):
+        known = ", ".join(str(size) for size in sizes) or "no"
+        parser.error(
+            f"--weights {options.weights} has networks for {known} pixels, not for --size "
+            f"{options.size}: python -m easy_diffusion.train_demo trains one"
+        )
+
     # Numbers
-    if options.size % 8 or not 32 <= options.size <= 512:
-        parser.error(f"--size must be a multiple of 8 from 32 to 512, not {options.size}")
-    least_values = {
-        "minutes": 1e-3, "dishes": BATCH, "steps": 1, "inpaintings": 1,
-        "seconds": 0.1, "fps": 1, "show": 16, "guidance": 1,
-    }
-    for name, least in least_values.items():
-        value = getattr(options, name)
-        if value < least:
-            parser.error(f"--{name} must be {least} or more, not {value}")
+    least_values = {"steps": 1, "inpaintings": 1, "seconds": 0.1, "fps": 1, "show": 16}
+    check_least_values(parser, options, least_values | {"guidance": 1})
     if options.steps > len(NoiseSchedule.cosine()):
         parser.error(
             f"--steps must be at most 1000, the schedule's timesteps, not {options.steps}"
@@ -188,6 +177,20 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
         parser.error(f"--mask {options.mask} needs a photograph: --image")
     if options.image:
         check_photo(parser, options)
+
+
+def check_size(parser: argparse.ArgumentParser, size: int) -> None:
+    """End the program with a message if the demo's networks cannot have this image size."""
+    if size % 8 or not 32 <= size <= 512:
+        parser.error(f"--size must be a multiple of 8 from 32 to 512, not {size}")
+
+
+def check_least_values(parser: argparse.ArgumentParser, options, least_values: dict) -> None:
+    """End the program with a message if an option is too small; least_values: {name: least}."""
+    for name, least in least_values.items():
+        value = getattr(options, name)
+        if value < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
 
 
 def check_photo(parser: argparse.ArgumentParser, options) -> None:

@@ -1,9 +1,10 @@
 """Image generation with trained networks: from the names of dishes to images.
 
-Two functions cover what the demo, the notebooks and the benchmarks need:
+These functions cover what the demo, the page, the notebooks and the benchmarks need:
 
-    generate_images        one image for each name, by DDIM with classifier-free guidance
-                           (by Euler's method if the network was trained by flow matching)
+    sample_names           one sample for each name, step by step, with classifier-free guidance
+    generate_images        the same with DDIM, only the finished images
+    make_held_out_sheet    images of names that the network was not trained on, beside drawn ones
     make_model_inpainter   RePaint with the same network (Lugmayr et al., "RePaint", 2022)
 
 Both work on pixels or, if an autoencoder is given, on its latents. Guidance is
@@ -16,16 +17,20 @@ Both work on pixels or, if an autoencoder is given, on its latents. Guidance is
 (1, 32, 32, 3)
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
+
+from datasets.dishes import dish_names, draw_dish
 
 from .diffusion.flow_matching import flow_euler
 from .diffusion.guidance import clipped, guided
 from .diffusion.samplers import ddim
-from .images import to_uint8
+from .images import contact_sheet, to_uint8
 from .inpainting.latent_repaint import make_latent_inpainter
 from .inpainting.repaint import make_inpainter
 from .latent_space import decode_to_uint8
@@ -64,7 +69,7 @@ def guided_denoiser(
     return denoise_autocast
 
 
-def generate_images(
+def sample_names(
     network,
     encoder,
     diffusion,
@@ -73,16 +78,19 @@ def generate_images(
     steps: int = 25,
     guidance: float = 2.0,
     seed: int = 0,
-    show_progress: bool = False,
     autoencoder: Autoencoder | None = None,
-) -> np.ndarray:
-    """Generate one image for each name: uint8 [B, size, size, 3].
+    sampler: Callable = ddim,
+) -> Iterator:
+    """Sample one image for each name; yields every step of the sampler.
+
+    A step's x and x0 are images or, with an autoencoder, latents; `to_images` converts them.
 
     size: height and width of the images in pixels.
     steps: sampling steps; each evaluates the network with and without the name.
     guidance: scale of classifier-free guidance; 1 means no guidance.
     seed: of the initial noise of the whole batch.
     autoencoder: decodes the samples if the network was trained on latents.
+    sampler: of samplers.py; a network that was trained by flow matching uses Euler's method.
     """
     if autoencoder is None:
         channels = 3
@@ -100,9 +108,34 @@ def generate_images(
         device=next(network.parameters()).device,
     )
     if diffusion.prediction_type == "velocity":
-        sampling = flow_euler(denoise, **options)
-    else:
-        sampling = ddim(denoise, diffusion.schedule, **options)
+        return flow_euler(denoise, **options)
+    return sampler(denoise, diffusion.schedule, **options)
+
+
+def to_images(x: torch.Tensor, autoencoder: Autoencoder | None) -> np.ndarray:
+    """Convert samples, latents if there is an autoencoder, to images uint8 [B, H, W, 3]."""
+    return to_uint8(x) if autoencoder is None else decode_to_uint8(autoencoder, x)
+
+
+def generate_images(
+    network,
+    encoder,
+    diffusion,
+    names: list[str],
+    size: int = SIZE,
+    steps: int = 25,
+    guidance: float = 2.0,
+    seed: int = 0,
+    show_progress: bool = False,
+    autoencoder: Autoencoder | None = None,
+) -> np.ndarray:
+    """Generate one image for each name with DDIM: uint8 [B, size, size, 3].
+
+    Arguments as for `sample_names`.
+    """
+    sampling = sample_names(
+        network, encoder, diffusion, names, size, steps, guidance, seed, autoencoder
+    )
     *_, last = tqdm(
         sampling,
         total=steps,
@@ -110,7 +143,31 @@ def generate_images(
         unit="step",
         disable=not show_progress,
     )
-    return to_uint8(last.x) if autoencoder is None else decode_to_uint8(autoencoder, last.x)
+    return to_images(last.x, autoencoder)
+
+
+def make_held_out_sheet(models, size: int, guidance: float = 2.0, count: int = 12) -> Image.Image:
+    """Make a contact sheet of `count` held-out dishes: from each model, and drawn (right).
+
+    models: (network, encoder, diffusion, autoencoder) each, for images of `size` pixels.
+    """
+    names = random.Random(0).sample(dish_names("held_out"), count)
+    columns = [
+        generate_images(
+            network,
+            encoder,
+            diffusion,
+            names,
+            size,
+            guidance=guidance,
+            show_progress=True,
+            autoencoder=autoencoder,
+        )
+        for network, encoder, diffusion, autoencoder in models
+    ]
+    drawn = [draw_dish(name, size, seed=1).transpose(1, 2, 0) for name in names]    # [H, W, 3]
+    cells = [list(images) for images in zip(*columns, drawn)]
+    return contact_sheet(cells, names, columns=3)
 
 
 def make_model_inpainter(

@@ -6,8 +6,8 @@ Each function prepares one part of the demo and saves it in a folder:
     prepare_latents    an autoencoder, and a store of the dishes' latents
     train_or_load      a diffusion network, trained on either store
 
-A part that the folder already contains is loaded. A part that was interrupted is resumed. demo.py,
-the notebooks and the benchmarks use these presets.
+A part that the folder already contains is loaded. A part that was interrupted is resumed.
+train_demo.py, the notebooks and the benchmarks use these presets.
 
 >>> network, encoder, diffusion = build_networks("番茄炒鸡蛋")
 >>> context, mask = encoder(["番茄炒鸡蛋"])
@@ -47,6 +47,7 @@ from .training.train_autoencoder import measure_latent_scale, train_autoencoder
 from .training.trainer import train
 
 SIZE = 64               # height and width of an image in pixels
+LATENT_SIZE = 128       # the same for a network that is trained on latents
 DISHES = 20_000         # drawn dishes to train on
 BATCH = 32              # images per training step
 LATENT_BATCH = 64       # latents per training step; a latent is smaller than an image
@@ -57,6 +58,11 @@ TRAINING = dict(
     decay=0.5,
     timesteps=logit_normal_timesteps,
 )
+
+# On pixels, squares of 4×4 are one position: both UNets have 16×16 positions at the finer level.
+# Attention is at the coarser level.
+PIXEL_UNET = dict(channels=(64, 128), attention=(False, True), heads=2, patch=4, pooled=True)
+LATENT_UNET = dict(channels=(96, 128), attention=(False, True), heads=2, patch=1, pooled=True)
 
 AUTOENCODER = dict(channels=(64, 128), patch=4, latent_channels=16)
 AUTOENCODER_BATCH = 8   # images per training step of the autoencoder
@@ -75,23 +81,13 @@ def build_networks(
 
     characters: all characters that the encoder has an embedding for.
     autoencoder: build the network for its latents; None: for RGB pixels.
-
-    On pixels, the network processes squares of 4×4 as one position, and attention is at its
-    coarser level. On latents, squares of 2×2 are one position, and attention is at both levels.
     """
     encoder = CharacterEncoder(characters, dim=128, layers=2)
-    on_latents = autoencoder is not None
-    channels = autoencoder.settings["latent_channels"] if on_latents else 3
-    network = UNet(
-        channels,
-        channels,
-        channels=(64, 128),
-        attention=(on_latents, True),
-        heads=2,
-        patch=2 if on_latents else 4,
-        context_dim=encoder.dim,
-        pooled=True,
-    )
+    if autoencoder is None:
+        network = UNet(3, 3, context_dim=encoder.dim, **PIXEL_UNET)
+    else:
+        channels = autoencoder.settings["latent_channels"]
+        network = UNet(channels, channels, context_dim=encoder.dim, **LATENT_UNET)
     diffusion = GaussianDiffusion(
         NoiseSchedule.cosine(1000), prediction_type="x0", loss_weight=velocity_weight
     )
@@ -126,15 +122,18 @@ def prepare_dishes(folder: Path, count: int, size: int) -> lmdb_store.ImageCapti
 
 
 def train_demo(
-    network, encoder, diffusion, store, checkpoint: Path | None, minutes: float, **changes
+    network, encoder, diffusion, store, checkpoint: Path | None, minutes: float,
+    batch_size: int | None = None, **changes,
 ) -> Iterator:
     """Train the demo's network; yields every TrainingStep.
 
     store: a dataset of images, or a LatentLmdb.
     checkpoint: file to save to and to resume from; None: neither.
+    batch_size: images or latents per step; None: BATCH or LATENT_BATCH.
     changes: arguments of `train` that replace those of TRAINING.
     """
-    batch_size = LATENT_BATCH if isinstance(store, LatentLmdb) else BATCH
+    if batch_size is None:
+        batch_size = LATENT_BATCH if isinstance(store, LatentLmdb) else BATCH
     return train(
         network,
         diffusion,
@@ -150,16 +149,16 @@ def train_demo(
 
 
 def train_or_load(
-    network, encoder, diffusion, store, checkpoint: Path, minutes: float
+    network, encoder, diffusion, store, checkpoint: Path, minutes: float, **changes
 ) -> list[float]:
     """Train with a progress bar, unless the checkpoint is of a finished training.
 
     Then load the EMA weights into network and encoder, and return the loss of each step.
-    store: see `train_demo`; it is not used if the training has finished.
+    store, changes: see `train_demo`; not used if the training has finished.
     """
     saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
     if saved is None or saved["progress"] < 1:
-        steps = train_demo(network, encoder, diffusion, store, checkpoint, minutes)
+        steps = train_demo(network, encoder, diffusion, store, checkpoint, minutes, **changes)
         for _ in track_progress(steps):
             pass
         saved = load_checkpoint(checkpoint)
@@ -167,11 +166,28 @@ def train_or_load(
     return saved["losses"]
 
 
+def describe_training(dishes: int, batch_size: int, latent: bool) -> dict:
+    """The data and the hyperparameters of the demo's training, as plain values for a header.
+
+    dishes: number of drawn dishes. latent: whether an autoencoder was trained, too.
+    """
+    training = {"dishes": dishes, "batch_size": batch_size}
+    training |= TRAINING | {"timesteps": TRAINING["timesteps"].__name__}
+    if latent:
+        training["autoencoder"] = {"batch_size": AUTOENCODER_BATCH} | AUTOENCODER_TRAINING
+    return training
+
+
 # ------------------------------------------------------------------ autoencoder and latents
 
 
 def prepare_latents(
-    store, out: Path, size: int, minutes: float, measure_accuracy: Callable | None = None
+    store,
+    out: Path,
+    size: int,
+    minutes: float,
+    measure_accuracy: Callable | None = None,
+    initial: Autoencoder | None = None,
 ) -> tuple[LatentLmdb, Autoencoder]:
     """Train an autoencoder on a store of images, and encode the store: (latents, autoencoder).
 
@@ -179,10 +195,11 @@ def prepare_latents(
     size: height and width of the images, which the file names contain.
     minutes: training time of the autoencoder.
     measure_accuracy: see `evaluate_autoencoder`.
+    initial: an autoencoder whose weights the training starts from; None: random weights.
     """
     path = out / f"autoencoder_{size}.safetensors"
     if not path.exists():
-        train_and_save_autoencoder(store, path, size, minutes, measure_accuracy)
+        train_and_save_autoencoder(store, path, size, minutes, measure_accuracy, initial)
     autoencoder = load_autoencoder(path).to("cuda" if torch.cuda.is_available() else "cpu")
     encode = make_encoder(autoencoder)
 
@@ -204,7 +221,12 @@ def prepare_latents(
 
 
 def train_and_save_autoencoder(
-    store, path: Path, size: int, minutes: float, measure_accuracy: Callable | None = None
+    store,
+    path: Path,
+    size: int,
+    minutes: float,
+    measure_accuracy: Callable | None = None,
+    initial: Autoencoder | None = None,
 ) -> None:
     """Train the demo's autoencoder, or resume its training, and save it as `path`.
 
@@ -213,7 +235,10 @@ def train_and_save_autoencoder(
     """
     checkpoint = path.with_suffix(".training.safetensors")
     sheet = path.with_suffix(".png")
-    steps = train_demo_autoencoder(Autoencoder(**AUTOENCODER), store, checkpoint, minutes)
+    autoencoder = Autoencoder(**AUTOENCODER)
+    if initial is not None:
+        load_weights(autoencoder, initial.state_dict())
+    steps = train_demo_autoencoder(autoencoder, store, checkpoint, minutes)
     evaluated_at = 0.0      # seconds
     for step in track_progress(steps, description="training the autoencoder"):
         if step.seconds > evaluated_at + 60:

@@ -13,7 +13,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from datasets.dishes import dish_names
+from easy_diffusion import presets, pretrained
 from easy_diffusion.diffusion.prediction import Prediction
+from easy_diffusion.networks.autoencoder import Autoencoder
 
 
 def pytest_sessionstart(session):
@@ -136,6 +139,23 @@ def gaussian():
         return Mixture([1.0], mean[None], covariance[None]).denoiser(schedule)
 
     return make_denoiser
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory):
+    """A folder of models with random weights: pixels of size 32, and latents of size 64.
+
+    No weight is zero, so that images are not constant.
+    """
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    for size, autoencoder in ((32, None), (64, Autoencoder(**presets.AUTOENCODER))):
+        networks = presets.build_networks("".join(dish_names("train")), autoencoder)
+        for parameter in networks[0].parameters():
+            if parameter.abs().max() == 0:
+                torch.nn.init.normal_(parameter, std=0.05)
+        pretrained.save_model(folder, size, pretrained.Model(*networks, autoencoder))
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,11 @@ LAYERS = [
     {"diffusion", "networks", "files", "images", "datasets"},
     {"training", "evaluation", "latent_space", "animation"},
     {"inpainting"},
-    {"presets", "generate", "dish_classifier"},
-    {"demo", "demo_options", "train_model", "train_options", "train_setup"},
+    {"presets", "pretrained", "generate", "dish_classifier"},
+    {
+        "demo", "demo_options", "train_demo", "app", "app_requests",
+        "train_model", "train_options", "train_setup",
+    },
 ]
 STANDALONE = LAYERS[0]                      # these import nothing else from the project
 FOLDERS = {"diffusion", "networks", "training", "inpainting", "animation", "evaluation"}

@@ -17,7 +17,7 @@ need diffusers and transformers.
 
 from .blending import blend, check_mask, fill_from_neighbours
 from .latent_repaint import latent_mask, make_latent_inpainter
-from .repaint import make_inpainter, repaint_levels, repaint_sampling
+from .repaint import count_denoiser_calls, make_inpainter, repaint_levels, repaint_sampling
 from .stable_diffusion_inpainter import (
     Inpainter,
     make_inpainter_from_networks,
@@ -30,6 +30,7 @@ __all__ = [
     "blend",
     "check_mask",
     "convert_to_safetensors",
+    "count_denoiser_calls",
     "fill_from_neighbours",
     "latent_mask",
     "load_pipeline",

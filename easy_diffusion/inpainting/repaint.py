@@ -72,6 +72,12 @@ def repaint_levels(steps: int, jump: int, resamples: int) -> list[int]:
     return levels
 
 
+def count_denoiser_calls(steps: int, jump: int, resamples: int) -> int:
+    """Return how many Steps `repaint_sampling` yields; arguments as for `repaint_levels`."""
+    levels = repaint_levels(steps, jump, resamples)
+    return sum(after < before for before, after in zip(levels, levels[1:]))
+
+
 @torch.no_grad()
 def repaint_sampling(
     denoise,

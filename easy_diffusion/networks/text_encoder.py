@@ -44,6 +44,9 @@ class CharacterEncoder(nn.Module):
         unknown token, and a warning names each of them once.
     dim: D, a multiple of the number of heads.
     max_length: longest L. A caption of more than max_length - 1 characters raises ValueError.
+
+    The attribute `settings` is the dict of these arguments: `CharacterEncoder(**settings)` builds
+    the encoder again.
     """
 
     PADDING = 0
@@ -62,6 +65,9 @@ class CharacterEncoder(nn.Module):
     ):
         super().__init__()
         self.characters = "".join(sorted(set(characters)))
+        self.settings = dict(
+            characters=self.characters, dim=dim, layers=layers, heads=heads, max_length=max_length
+        )
         self.dim = dim
         self.max_length = max_length
         self.index = {character: i + 3 for i, character in enumerate(self.characters)}

@@ -1,0 +1,141 @@
+"""Trained models as files: the weights in half precision, and everything that rebuilds the model.
+
+A folder of weights holds, for each image size that a model was trained for,
+
+    text_to_image_SIZE.safetensors    the UNet and the text encoder
+    autoencoder_SIZE.safetensors      the autoencoder, if the UNet was trained on latents
+
+The header of a file is JSON. It contains the settings of the networks, the characters that the
+encoder knows, the prediction type and the betas of the schedule, the scale and shift of the
+latents, and how the model was trained. `load_model` therefore needs nothing but the folder.
+
+The folder weights/ of this repository holds models of 64 and 128 pixels; weights/README.md says
+how they were trained. `python -m easy_diffusion.train_demo` writes such a folder, too.
+
+>>> import tempfile
+>>> from .presets import build_networks
+>>> folder = tempfile.mkdtemp()
+>>> save_model(folder, 32, Model(*build_networks("番茄汤"), autoencoder=None))
+>>> find_sizes(folder)
+[32]
+>>> model = load_model(folder)
+>>> model.diffusion.prediction_type, model.encoder.characters, model.autoencoder
+('x0', '汤番茄', None)
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .diffusion.gaussian import GaussianDiffusion
+from .diffusion.schedule import NoiseSchedule
+from .latent_space import fingerprint
+from .networks.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from .networks.text_encoder import CharacterEncoder
+from .networks.unet import UNet
+from .networks.weights_io import load_tree, load_weights, save_tree
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"   # the models of this repository
+
+
+class Model(NamedTuple):
+    """A text-to-image model: all that sampling needs.
+
+    autoencoder: decodes the samples of a UNet that was trained on latents; None: it was trained
+        on pixels.
+    """
+
+    network: UNet
+    encoder: CharacterEncoder
+    diffusion: GaussianDiffusion
+    autoencoder: Autoencoder | None
+
+
+def model_path(folder, size: int) -> Path:
+    """The file of the UNet and the text encoder for images of this size."""
+    return Path(folder) / f"text_to_image_{size}.safetensors"
+
+
+def autoencoder_path(folder, size: int) -> Path:
+    """The file of the autoencoder for images of this size."""
+    return Path(folder) / f"autoencoder_{size}.safetensors"
+
+
+def save_model(folder, size: int, model: Model, training: dict | None = None) -> None:
+    """Write a model to `folder`, in half precision: about 2 bytes per weight.
+
+    size: height and width in pixels of the images that it was trained for.
+    model: its diffusion is a GaussianDiffusion, its encoder a CharacterEncoder.
+    training: plain values that say how it was trained; the header contains them as "training".
+    """
+    network, encoder, diffusion, autoencoder = model
+    if autoencoder is not None:
+        path = autoencoder_path(folder, size)
+        save_autoencoder(path, autoencoder, torch.float16)
+        autoencoder = load_autoencoder(path)        # its fingerprint is that of rounded weights
+    tree = {
+        "size": size,
+        "training": training or {},
+        "network_settings": network.settings,
+        "encoder_settings": encoder.settings,
+        "prediction_type": diffusion.prediction_type,
+        "variance": diffusion.variance,
+        "betas": diffusion.schedule.betas,
+        "autoencoder": None if autoencoder is None else fingerprint(autoencoder),
+        "network": {name: tensor.half() for name, tensor in network.state_dict().items()},
+        "encoder": {name: tensor.half() for name, tensor in encoder.state_dict().items()},
+    }
+    save_tree(model_path(folder, size), tree)
+
+
+def find_sizes(folder) -> list[int]:
+    """The image sizes in pixels for which `folder` holds a model, in increasing order."""
+    names = [path.name for path in Path(folder).glob("text_to_image_*.safetensors")]
+    matches = [re.fullmatch(r"text_to_image_(\d+)\.safetensors", name) for name in names]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def load_model(folder=WEIGHTS, size: int | None = None) -> Model:
+    """Rebuild a model in float32 and eval mode, on the GPU if there is one.
+
+    folder: where `save_model` wrote it; by default the weights of this repository.
+    size: of the images in pixels; None: the largest in the folder.
+
+    Raises FileNotFoundError if there is no such model, and ValueError for files that are damaged or
+    do not belong together.
+    """
+    sizes = find_sizes(folder)
+    if not sizes:
+        raise FileNotFoundError(
+            f"no trained model in {folder}: python -m easy_diffusion.train_demo trains one"
+        )
+    size = size or sizes[-1]
+    if size not in sizes:
+        known = ", ".join(str(known) for known in sizes)
+        raise FileNotFoundError(f"{folder} has models for {known} pixels, not for {size}")
+    path = model_path(folder, size)
+    saved = load_tree(path)
+    if not isinstance(saved, dict) or "encoder_settings" not in saved:
+        raise ValueError(f"{path} is a checkpoint, but not a model that save_model wrote")
+    network = UNet(**saved["network_settings"])
+    load_weights(network, saved["network"])
+    encoder = CharacterEncoder(**saved["encoder_settings"])
+    load_weights(encoder, saved["encoder"])
+    diffusion = GaussianDiffusion(
+        NoiseSchedule(saved["betas"]), saved["prediction_type"], saved["variance"]
+    )
+    autoencoder = None
+    if saved["autoencoder"] is not None:
+        autoencoder = load_autoencoder(autoencoder_path(folder, size))
+        if fingerprint(autoencoder) != saved["autoencoder"]:
+            raise ValueError(
+                f"{path} was trained on the latents of another autoencoder than the one in "
+                f"{autoencoder_path(folder, size)}"
+            )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for module in (network, encoder, autoencoder):
+        if module is not None:
+            module.eval().to(device)
+    return Model(network, encoder, diffusion, autoencoder)
