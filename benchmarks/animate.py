@@ -3,7 +3,7 @@
     python -m benchmarks.animate [--quick]
 
 First table: seconds and network calls for 24 frames, at 64×64 pixels and, with the network of the
-demo's --latent, at 128×128. "Inpainted once" is this project's method, in which the frames are cut
+demo, at 128×128. "Inpainted once" is this project's method, in which the frames are cut
 from one inpainted canvas. "RePaint at every frame" is the method of the project's first version
 (2023).
 
@@ -28,7 +28,7 @@ from easy_diffusion.animation.film import animate, default_pixels
 from easy_diffusion.evaluation.attribute_classifier import AttributeClassifier
 from easy_diffusion.inpainting.blending import blend, to_pixel_values
 from easy_diffusion.inpainting.repaint import repaint_sampling
-from easy_diffusion.networks.autoencoder import load_autoencoder
+from easy_diffusion.pretrained import load_model
 
 from .fidelity import MIN_CLASSIFIER_ACCURACY, classify_dishes
 from .report import finish
@@ -232,36 +232,19 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--out", type=Path, default=Path("out"),
-        help="folder with the demo's trained networks, and for the classifier",
+        help="folder for the classifier",
     )
     return parser.parse_args()
-
-
-def load_models(out: Path, quick: bool) -> list[tuple]:
-    """Load or train the demo's networks: [(size, (network, encoder, diffusion), autoencoder)]."""
-    minutes = 0.05 if quick else 10.0
-    characters = "".join(dish_names("train"))
-    store = presets.prepare_dishes(out / "dishes_64", 300 if quick else presets.DISHES, SIZE)
-    model = presets.build_networks(characters)
-    presets.train_or_load(*model, store, out / "model_64.safetensors", minutes)
-    if quick:
-        return [(SIZE, model, None)]
-
-    checkpoint = out / "model_128_latent.safetensors"
-    if not checkpoint.exists():
-        raise SystemExit("the network for 128×128 is missing: run the demo with --latent first")
-    autoencoder = load_autoencoder(out / "autoencoder_128.safetensors")
-    autoencoder.to(next(model[0].parameters()).device)
-    latent_model = presets.build_networks(characters, autoencoder)
-    presets.train_or_load(*latent_model, None, checkpoint, minutes)
-    return [(SIZE, model, None), (128, latent_model, autoencoder)]
 
 
 def main():
     options = parse_options()
     quick = options.quick
     out = options.out / "quick" if quick else options.out
-    models = load_models(out, quick)
+    models = []
+    for size in [SIZE] if quick else [SIZE, 128]:
+        *model, autoencoder = load_model(size=size)
+        models.append((size, model, autoencoder))
     rows = measure_times(models, quick)
     right = [row for row in rows if row["move"] == "right"]
     once = [row for row in right if row["method"] == INPAINTED_ONCE][-1]

@@ -9,6 +9,7 @@ attribute classifier still classifies exactly.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ from easy_diffusion.networks.autoencoder import Autoencoder
 from easy_diffusion.training.data_loader import make_loader
 from easy_diffusion.training.train_autoencoder import train_autoencoder
 
-from .fidelity import check_classifier_accuracy
-from .latent import make_accuracy_measure, measure_reconstruction
+from .fidelity import check_classifier_accuracy, classify_dishes
+from .latent import measure_reconstruction
 from .report import finish
 
 SHAPES = [
@@ -65,7 +66,7 @@ def main():
         classifier = dish_classifier.load_or_train_classifier(size, 40, options.out, 1000)
     else:
         classifier = dish_classifier.load_or_train_classifier(size, 1300, options.out, 20_000)
-    measure_accuracy = make_accuracy_measure(classifier)
+    measure_accuracy = partial(classify_dishes, classifier)
     images, names = dish_classifier.draw_dishes(50 if quick else 500, size, "held_out", 102)
     accuracy = measure_accuracy(images, names)
     check_classifier_accuracy(accuracy, quick)

@@ -31,8 +31,12 @@ def classify_dishes(
     classifier: AttributeClassifier, images: torch.Tensor, names: list[str]
 ) -> float:
     """Return the fraction of images uint8 [N, 3, H, W] that are classified exactly as named."""
-    dishes = [attributes(name) for name in names]
-    return prompt_accuracy(classifier.exact_matches(images, dishes))
+    matches = []
+    for start in range(0, len(names), 100):         # 100 at a time, to save memory
+        batch = slice(start, start + 100)
+        dishes = [attributes(name) for name in names[batch]]
+        matches += classifier.exact_matches(images[batch], dishes)
+    return prompt_accuracy(matches)
 
 
 def check_classifier_accuracy(accuracy: float, quick: bool) -> None:

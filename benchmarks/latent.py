@@ -19,14 +19,14 @@ import argparse
 import random
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from datasets.dishes import attributes, dish_names
+from datasets.dishes import dish_names
 from easy_diffusion import dish_classifier, presets
-from easy_diffusion.evaluation.attribute_classifier import AttributeClassifier, prompt_accuracy
 from easy_diffusion.evaluation.metrics import psnr, sharpness, ssim
 from easy_diffusion.latent_space import EncodingCollate
 from easy_diffusion.networks.unet import UNet
@@ -34,21 +34,8 @@ from easy_diffusion.training.checkpoint import load_checkpoint
 from easy_diffusion.training.data_loader import make_loader
 from easy_diffusion.training.trainer import train
 
-from .fidelity import check_classifier_accuracy, measure_fidelity
+from .fidelity import check_classifier_accuracy, classify_dishes, measure_fidelity
 from .report import finish
-
-
-def make_accuracy_measure(classifier: AttributeClassifier) -> Callable:
-    """Make the function (images uint8 [B, 3, H, W], names) → prompt accuracy in [0, 1]."""
-    def measure_accuracy(images, names):
-        matches = []
-        for start in range(0, len(names), 50):
-            batch = slice(start, start + 50)
-            dishes = [attributes(name) for name in names[batch]]
-            matches += classifier.exact_matches(images[batch], dishes)
-        return prompt_accuracy(matches)
-
-    return measure_accuracy
 
 
 def measure_reconstruction(
@@ -56,7 +43,8 @@ def measure_reconstruction(
 ) -> dict:
     """Return a row with the quality of an autoencoder's reconstructions.
 
-    images: uint8 [B, 3, H, W]. measure_accuracy: see `make_accuracy_measure`.
+    images: uint8 [B, 3, H, W].
+    measure_accuracy: (images uint8 [B, 3, H, W], names) → prompt accuracy in [0, 1].
     compression: values of an image over values of its latent.
     sharpness: of the reconstructions over that of the images.
     """
@@ -138,7 +126,7 @@ def main():
         classifier = dish_classifier.load_or_train_classifier(size, 40, options.out, 1000)
     else:
         classifier = dish_classifier.load_or_train_classifier(size, 1300, options.out, 20_000)
-    measure_accuracy = make_accuracy_measure(classifier)
+    measure_accuracy = partial(classify_dishes, classifier)
     test_images, test_names = dish_classifier.draw_dishes(
         50 if quick else 500, size, "held_out", 102
     )

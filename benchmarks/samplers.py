@@ -7,7 +7,7 @@ attribute classifier's features to those of drawn dishes.
 Second comparison, with diffusers' schedulers on the same network: the largest difference between
 the images, and the time of a step without the network.
 
-It needs the demo's trained network (python -m easy_diffusion.demo), and trains it if it is missing.
+The network is that of weights/ for images of 64×64.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from easy_diffusion.diffusion.samplers import ddim, ddpm, dpm_solver, heun
 from easy_diffusion.evaluation.attribute_classifier import classifier_features
 from easy_diffusion.evaluation.metrics import frechet_distance, kernel_distance
 from easy_diffusion.images import to_uint8
+from easy_diffusion.pretrained import load_model
 
 from .fidelity import classify_dishes
 from .report import finish
@@ -192,26 +193,9 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--out", type=Path, default=Path("out"),
-        help="folder with the demo's trained network, and for the classifier",
+        help="folder for the classifier",
     )
     return parser.parse_args()
-
-
-def load_model(out: Path, size: int, quick: bool) -> tuple:
-    """Load the demo's (network, encoder, diffusion), or train it if it is missing.
-
-    A quick run does not train: if the network is missing, its weights are random.
-    """
-    model = presets.build_networks("".join(dish_names("train")))
-    checkpoint = out / f"model_{size}.safetensors"
-    if checkpoint.exists() or not quick:
-        minutes = 2.5 if torch.cuda.is_available() else 10.0
-        store = presets.prepare_dishes(out / f"dishes_{size}", presets.DISHES, size)
-        presets.train_or_load(*model, store, checkpoint, minutes)
-    else:
-        print("no trained network found: this quick run uses random weights")
-        torch.nn.ModuleList(model[:2]).eval()
-    return model
 
 
 def compute_claims(rows: list[dict], comparison: list[dict], count: int, quick: bool) -> dict:
@@ -243,7 +227,7 @@ def main():
     quick = options.quick
     size = options.size
     count = 20 if quick else options.images
-    model = load_model(options.out, size, quick)
+    model = load_model(size=size)[:3]
     if quick:
         classifier = dish_classifier.load_or_train_classifier(size, 40, options.out, 1000)
     else:
