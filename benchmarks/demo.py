@@ -3,8 +3,8 @@
     python -m benchmarks.demo [--quick]
 
 First table: seconds from the start of a command to its end, with everything that it imports and
-loads. For the page it is the time until it answers. The first demo makes 番茄炒鸡蛋 with a circling
-camera, the second 土豆牛肉汤 with a camera that moves to the right.
+loads. For the page it is the time until it responds. The first demo makes 番茄炒鸡蛋 and a film in
+which the camera circles, the second 土豆牛肉汤 and a film in which it moves to the right.
 
 Second table: prompt accuracy. An attribute classifier finds the ingredients and the way of cooking
 in one generated image per name. The baselines are drawn dishes of held-out names, and drawn dishes
@@ -38,7 +38,7 @@ COMMANDS = {
 
 
 def measure_seconds() -> list[dict]:
-    """Return a row per command: its seconds from start to end, and the page's until it answers."""
+    """Return a row per command: its seconds from start to end, and the page's until it responds."""
     rows = []
     with tempfile.TemporaryDirectory() as out:
         for command, arguments in COMMANDS.items():
@@ -51,7 +51,7 @@ def measure_seconds() -> list[dict]:
 
 
 def measure_page_start() -> float:
-    """Start the page in another process; return the seconds until it answers."""
+    """Start the page in another process; return the seconds until it responds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

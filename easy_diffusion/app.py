@@ -2,8 +2,8 @@
 
 The page generates a dish from its name and shows its denoising trajectory, inpaints what is drawn
 over with a brush, on the dish or on a photograph, and makes the film of a camera move. What the
-buttons do is in app_requests.py. The page answers this computer only, computes one request at a
-time while others wait, and sends nothing anywhere.
+buttons do is in app_requests.py. Only this computer can open the page, and no data leaves it. It
+computes one request at a time; others wait.
 
 It needs gradio (requirements-app.txt; `make app` installs it).
 """

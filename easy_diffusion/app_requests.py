@@ -49,10 +49,10 @@ def enlarge(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((SHOWN, SHOWN), Image.Resampling.BICUBIC))
 
 
-def read_brush(drawing: dict, size: int) -> np.ndarray:
+def read_brush(strokes: dict, size: int) -> np.ndarray:
     """Return the mask of all brush strokes of an ImageEditor's value: bool [size, size]."""
     mask = np.zeros((size, size), bool)
-    for layer in drawing["layers"]:
+    for layer in strokes["layers"]:
         alpha = Image.fromarray(layer).getchannel("A").resize((size, size))
         mask |= np.asarray(alpha) > 0
     return mask
@@ -95,7 +95,7 @@ class Requests:
             return f"**无法读取这张照片。** {error}", *[gr.skip()] * 3
         return "", image, "", enlarge(image)
 
-    def inpaint(self, image, drawing, name, seed, steps, guidance, progress=PROGRESS):
+    def inpaint(self, image, strokes, name, seed, steps, guidance, progress=PROGRESS):
         """Inpaint what is drawn over: (message, image, image in the editor).
 
         name: what is inpainted; "" continues the surroundings.
@@ -103,12 +103,12 @@ class Requests:
         message = check_name(name) if name else ""
         if not message and image is None:
             message = NO_IMAGE
-        elif not message and not read_brush(drawing, self.size).any():
+        elif not message and not read_brush(strokes, self.size).any():
             message = NO_MASK
         if message:
             return message, *[gr.skip()] * 2
         inpaint = self.make_inpainter(name, seed, steps, guidance, progress)
-        image = inpaint(image, read_brush(drawing, self.size))
+        image = inpaint(image, read_brush(strokes, self.size))
         return "", image, enlarge(image)
 
     def animate(

@@ -88,7 +88,7 @@ def type_text(browser, selector, text):
     field.send_keys(text, Keys.TAB)
 
 
-def source_of(browser, selector):
+def wait_for_source(browser, selector):
     """Wait for an image; returns its address."""
     return find(browser, f"{selector} img").get_attribute("src")
 
@@ -104,9 +104,9 @@ def test_a_name_becomes_an_image_and_then_a_film(browser, address):
     open_page(browser, address)
     type_text(browser, "#name textarea, #name input", "土豆汤")
     find(browser, "#generate").click()
-    assert source_of(browser, "#strip").startswith(address)
+    assert wait_for_source(browser, "#strip").startswith(address)
     find(browser, "#film").click()
-    film = source_of(browser, "#animation")
+    film = wait_for_source(browser, "#animation")
     assert "_circle.gif" in film
     with urllib.request.urlopen(film) as response, Image.open(response) as gif:
         assert gif.size == (256, 256)
@@ -121,7 +121,7 @@ def test_what_is_drawn_over_is_inpainted(browser, address):
     find(browser, "#inpaint").click()
     wait_for(browser, lambda _: "请先生成" in find(browser, "#message").text)
     find(browser, "#generate").click()
-    source_of(browser, "#strip")
+    wait_for_source(browser, "#strip")
     wait_for(browser, lambda _: not find(browser, "#message").text)
     find(browser, "#inpaint").click()
     wait_for(browser, lambda _: "请先用画笔" in find(browser, "#message").text)
@@ -152,7 +152,7 @@ def test_an_unknown_name_shows_a_message_and_the_page_goes_on(browser, address):
     assert not browser.find_elements(By.CSS_SELECTOR, "#strip img")
     type_text(browser, "#name textarea, #name input", "番茄炒鸡蛋")
     find(browser, "#generate").click()
-    source_of(browser, "#strip")
+    wait_for_source(browser, "#strip")
 
 
 @needs_browser
@@ -169,7 +169,7 @@ def test_two_tabs_at_once_both_get_their_images(browser, address):
     sources = []
     for tab in (second, first):
         browser.switch_to.window(tab)
-        sources.append(source_of(browser, "#strip"))
+        sources.append(wait_for_source(browser, "#strip"))
     assert sources[0] != sources[1]
     browser.switch_to.window(second)
     browser.close()

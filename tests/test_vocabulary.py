@@ -105,6 +105,7 @@ ALLOWED = {
     ("easy_diffusion/diffusion/guidance.py", "deviation of the cond"): "“standard” is a line above",
     ("easy_diffusion/training/train_autoencoder.py", "deviation 1"): "“standard” is a line above",
     ("tests/evaluation/test_metrics.py", "_states_its_standard_error"): "the verb",
+    ("easy_diffusion/app.py", "share=False"): "an option of gradio",
     ("tests/training/test_checkpoint.py", "signal.signal("): "Python's module",
     ("tests/test_package.py", "ast.walk("): "Python's function",
     ("tests/test_package.py", "words"): "words of a docstring",
