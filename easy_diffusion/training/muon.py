@@ -15,8 +15,12 @@ training", 2025, eq. 4.) No singular values are computed. Starting from X = M / 
     X ← a X + (b A + c A²) X,   A = X Xᵀ,   (a, b, c) = (3.4445, -4.7750, 2.0315)
 
 bring all singular values close to 1. The weights of a convolution count as a matrix
-[C_out, C_in · k · k]. Biases and scales are vectors: leave them to AdamW. The file needs nothing
-but torch.
+[C_out, C_in · k · k]. Biases and scales are vectors: leave them to AdamW.
+
+A network has many small matrices, and each operation costs the same time to start, however small
+they are. Therefore one operation updates all of them (`torch._foreach_...`), and all matrices of
+one shape are orthogonalized as one batch. The orthogonal matrix of Mᵀ is (U Vᵀ)ᵀ, so r×c and c×r
+count as one shape. The file needs nothing but torch.
 
 >>> layer = torch.nn.Linear(8, 4)
 >>> optimizer = Muon([layer.weight], learning_rate=0.01)
@@ -26,6 +30,7 @@ but torch.
 [1.0, 1.0, 1.0, 1.0]
 """
 
+import math
 from collections import defaultdict
 
 import torch
@@ -34,22 +39,25 @@ import torch
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The orthogonal matrices nearest to a batch of matrices, approximately.
 
-    matrices: [N, r, c]; computed in bfloat16.
+    matrices: [N, r, c]; fastest if r <= c.
     steps: number of iterations.
 
     Returns [N, r, c], with singular values between about 0.7 and 1.2.
     """
-    x = matrices.bfloat16()
-    is_tall = x.shape[1] > x.shape[2]
-    if is_tall:
-        x = x.mT                            # so that X Xᵀ has the smaller side
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = matrices.to(iteration_dtype(matrices.device))
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        a = x @ x.mT                        # [N, min(r, c), min(r, c)]
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    if is_tall:
-        x = x.mT
+        a = torch.bmm(x, x.mT)                                      # A = X Xᵀ, [N, r, r]
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)      # b A + c A²
+        x = torch.baddbmm(x, b, x, beta=3.4445)                     # a X + (b A + c A²) X
     return x.to(matrices.dtype)
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, whose precision is enough here; float32 on a GPU without bfloat16 (V100, T4)."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32
+    return torch.bfloat16
 
 
 class Muon(torch.optim.Optimizer):
@@ -82,26 +90,52 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """Update all parameters that have a gradient; `closure` is not used."""
         for group in self.param_groups:
-            parameters_by_shape = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shape = parameter.flatten(1).shape      # (r, c)
-                    parameters_by_shape[shape].append(parameter)
-            for shape, parameters in parameters_by_shape.items():
-                self._step_same_shape(group, shape, parameters)
+            parameters = [weight for weight in group["params"] if weight.grad is not None]
+            if not parameters:
+                continue
+            learning_rate, mu = group["lr"], group["momentum"]
+            gradients = [parameter.grad for parameter in parameters]
+            momenta = [self._momentum(parameter) for parameter in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - mu)            # M ← μ M + (1 - μ) G
+            directions = torch._foreach_lerp(gradients, momenta, mu)    # (1 - μ) G + μ M
+            updates = orthogonalize_all(directions)
+            scales = [-learning_rate * 0.2 * max(matrix_shape(p)) ** 0.5 for p in parameters]
+            torch._foreach_mul_(updates, scales)
+            torch._foreach_mul_(parameters, 1 - learning_rate * group["weight_decay"])
+            torch._foreach_add_(parameters, updates)
 
-    def _step_same_shape(self, group, shape, parameters):
-        """Update parameters that are matrices of one shape (r, c), as one batch."""
-        learning_rate = group["lr"]
-        mu = group["momentum"]
-        directions = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-            momentum.lerp_(parameter.grad, 1 - mu)                          # μ M + (1 - μ) G
-            directions.append(parameter.grad.lerp(momentum, mu).flatten(1))   # (1 - μ) G + μ M
-        updates = orthogonalize(torch.stack(directions))                    # [N, r, c]
-        scale = learning_rate * 0.2 * max(shape) ** 0.5
-        for parameter, update in zip(parameters, updates):
-            parameter.mul_(1 - learning_rate * group["weight_decay"])
-            parameter.sub_(update.view_as(parameter), alpha=scale)
+    def _momentum(self, parameter):
+        """The momentum M of a parameter, zero at first."""
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        return state["momentum"]
+
+
+def matrix_shape(tensor: torch.Tensor) -> tuple[int, int]:
+    """The shape (r, c) of a tensor [r, ...] as a matrix."""
+    return len(tensor), math.prod(tensor.shape[1:])
+
+
+def orthogonalize_all(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Orthogonalize tensors [r, ...] as matrices [r, c], all r×c and c×r as one batch.
+
+    Returns tensors of the same shapes and dtypes, contiguous.
+    """
+    groups = defaultdict(lambda: ([], []))      # (smaller, larger side) → indices of r <= c, r > c
+    for i, tensor in enumerate(tensors):
+        r, c = matrix_shape(tensor)
+        wide, tall = groups[min(r, c), max(r, c)]
+        (wide if r <= c else tall).append(i)
+
+    results = [None] * len(tensors)
+    for wide, tall in groups.values():
+        batch = torch.stack(
+            [tensors[i].flatten(1) for i in wide] + [tensors[i].flatten(1).mT for i in tall]
+        )
+        matrices = orthogonalize(batch)                                 # [N, r, c] with r <= c
+        for i, matrix in zip(wide, matrices[:len(wide)]):
+            results[i] = matrix.view_as(tensors[i])
+        for i, matrix in zip(tall, matrices[len(wide):].mT.contiguous()):
+            results[i] = matrix.view_as(tensors[i])
+    return results
