@@ -31,14 +31,24 @@ notebooks: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
 
+# Current builds of PyTorch have kernels for GPUs of compute capability 7.5 and above.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)
+REQUIREMENTS := $(if $(filter 7.0 7.2,$(GPUS)),requirements-volta.txt,requirements.txt)
+
 # The stamps are written last, so an interrupted installation is repeated. They are older than a
-# changed requirements.txt, which is then installed.
-.venv/ready: requirements.txt
+# changed list of requirements, which is then installed.
+.venv/ready: requirements.txt requirements-common.txt requirements-volta.txt
 	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed, this is %d.%d' % sys.version_info[:2] if sys.version_info < (3, 10) else 0)"
+ifneq (,$(filter 3.% 5.% 6.%,$(GPUS)))
+	@echo "note: this GPU (compute capability $(GPUS)) needs a build for CUDA 12.6, of PyTorch 2.14 at most, from PyTorch's own index: https://download.pytorch.org/whl/cu126"
+endif
+ifeq ($(REQUIREMENTS),requirements-volta.txt)
+	@echo "note: this GPU (compute capability $(GPUS)) is too old for the newest PyTorch: installing $(REQUIREMENTS)"
+endif
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	touch .venv/ready
 
 .venv/app: .venv/ready requirements-app.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-app.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS) -r requirements-app.txt
 	touch .venv/app

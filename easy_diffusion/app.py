@@ -19,6 +19,7 @@ from .animation.camera import MOVES
 from .animation.film import FORMATS
 from .app_requests import SAMPLERS, SHOWN, Requests, gr
 from .pretrained import WEIGHTS, find_sizes, load_model
+from .training.distributed import check_gpu
 
 INTRODUCTION = """# Easy Diffusion · 文生动图
 输入菜名生成图像,涂抹重绘,再让镜头动起来。
@@ -91,6 +92,7 @@ def main(arguments=None) -> int:
                         help="folder with the trained networks; those of the largest size are used")
     parser.add_argument("--port", type=int, help="port of the page; default: a free one from 7860")
     options = parser.parse_args(arguments)
+    check_gpu()
     requests = Requests(load_model(options.weights), find_sizes(options.weights)[-1])
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page = build_page(requests).queue()

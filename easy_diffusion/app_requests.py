@@ -2,7 +2,7 @@
 
 They call the functions of generate.py and animation/ that demo.py calls. The file needs gradio.
 
->>> check_name("番茄炒鸡蛋"), "番茄炒鸡蛋" in check_name("西红柿炒鸡蛋")
+>>> check_name("番茄炒鸡蛋"), "番茄炒鸡蛋" in check_name("番茄炒蛋")
 ('', True)
 """
 

@@ -39,6 +39,7 @@ from .inpainting.stable_diffusion_inpainter import make_stable_diffusion_inpaint
 from .inpainting.stable_diffusion_pipeline import load_pipeline
 from .pretrained import load_model
 from .training.data_loader import derive_seed
+from .training.distributed import check_gpu
 
 
 def make_inpainters(options, model, name: str, move: str) -> tuple:
@@ -80,6 +81,7 @@ def make_inpainters(options, model, name: str, move: str) -> tuple:
 def main(arguments=None) -> int:
     """Generate, animate; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
+    check_gpu()
     start = time.perf_counter()
     load_chinese_font(12)       # raises here, rather than at the end, if there is no font
     pipeline = load_pipeline(options.sd, options.sd_config) if options.inpainter == "sd" else None

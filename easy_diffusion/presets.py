@@ -51,6 +51,7 @@ LATENT_SIZE = 128       # the same for a network that is trained on latents
 DISHES = 20_000         # drawn dishes to train on
 BATCH = 32              # images per training step
 LATENT_BATCH = 64       # latents per training step; a latent is smaller than an image
+GPU_BATCH = 512         # images or latents per training step on a GPU, which is idle with fewer
 TRAINING = dict(
     learning_rate=2e-3,
     muon_learning_rate=3e-3,
@@ -129,11 +130,11 @@ def train_demo(
 
     store: a dataset of images, or a LatentLmdb.
     checkpoint: file to save to and to resume from; None: neither.
-    batch_size: images or latents per step; None: BATCH or LATENT_BATCH.
+    batch_size: images or latents per step; None: `default_batch_size`.
     changes: arguments of `train` that replace those of TRAINING.
     """
     if batch_size is None:
-        batch_size = LATENT_BATCH if isinstance(store, LatentLmdb) else BATCH
+        batch_size = min(default_batch_size(isinstance(store, LatentLmdb)), len(store))
     return train(
         network,
         diffusion,
@@ -146,6 +147,13 @@ def train_demo(
         save_seconds=min(30, 3 * minutes),
         **TRAINING | changes,
     )
+
+
+def default_batch_size(latent: bool) -> int:
+    """Images or, with `latent`, latents per training step on this machine."""
+    if torch.cuda.is_available():
+        return GPU_BATCH
+    return LATENT_BATCH if latent else BATCH
 
 
 def train_or_load(

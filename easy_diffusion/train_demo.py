@@ -45,10 +45,12 @@ from .networks.weights_io import load_weights
 from .presets import (
     BATCH,
     DISHES,
+    GPU_BATCH,
     LATENT_BATCH,
     LATENT_SIZE,
     SIZE,
     build_networks,
+    default_batch_size,
     describe_training,
     prepare_dishes,
     prepare_latents,
@@ -63,6 +65,7 @@ from .pretrained import (
     save_model,
 )
 from .training.checkpoint import load_checkpoint
+from .training.distributed import check_gpu
 
 
 def parse_options(arguments) -> argparse.Namespace:
@@ -92,7 +95,8 @@ def parse_options(arguments) -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch-size", type=int, default=argparse.SUPPRESS,
-        help=f"images per training step (default: {BATCH}, or {LATENT_BATCH} with --latent)",
+        help="images per training step "
+        f"(default: {GPU_BATCH} on a GPU; {BATCH}, or {LATENT_BATCH} with --latent, on a CPU)",
     )
     parser.add_argument(
         "--autoencoder-minutes", type=float, default=argparse.SUPPRESS,
@@ -119,7 +123,7 @@ def parse_options(arguments) -> argparse.Namespace:
     if not hasattr(options, "size"):
         options.size = LATENT_SIZE if options.latent else SIZE
     if not hasattr(options, "batch_size"):
-        options.batch_size = LATENT_BATCH if options.latent else BATCH
+        options.batch_size = default_batch_size(options.latent)
     if not hasattr(options, "autoencoder_minutes"):
         options.autoencoder_minutes = options.minutes
     check_size(parser, options.size)
@@ -135,6 +139,7 @@ def parse_options(arguments) -> argparse.Namespace:
 def main(arguments=None) -> int:
     """Train, export the weights, compare; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
+    check_gpu()
     load_chinese_font(12)       # raises here, rather than after the training, if there is no font
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     if torch.cuda.is_available():

@@ -57,6 +57,7 @@ from .train_setup import (
 )
 from .training.checkpoint import load_ema_weights, load_newest_checkpoint
 from .training.data_loader import fork_rng, make_loader
+from .training.distributed import check_gpu
 from .training.optimizers import has_plateaued
 from .training.progress import track_progress
 from .training.trainer import train
@@ -118,6 +119,7 @@ def main(arguments=None) -> int:
     Raises ValueError or OSError for data, options and files that are missing or incompatible.
     """
     options = parse_options(arguments, description=__doc__.split("\n>>>")[0])
+    check_gpu()
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     accelerator = Accelerator(mixed_precision=options.precision)
     if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:

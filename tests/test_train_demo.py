@@ -147,9 +147,17 @@ def test_a_training_on_latents_resumes_and_starts_from_initial_weights(tmp_path)
         assert similarity > 0.95, name      # random weights would have a similarity below 0.5
 
 
-def test_invalid_options_are_named(capsys, tmp_path):
+@pytest.mark.parametrize("gpu, latent_batch, batch", [(False, 64, 32), (True, 512, 512)])
+def test_defaults_suit_the_device(monkeypatch, gpu, latent_batch, batch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     options = parse_options(["--latent", "--minutes", "3"])
-    assert (options.size, options.batch_size, options.autoencoder_minutes) == (128, 64, 3)
+    assert (options.size, options.autoencoder_minutes) == (128, 3)
+    assert options.batch_size == latent_batch
+    assert parse_options([]).batch_size == batch
+    assert parse_options([]).minutes == (2.5 if gpu else 10)
+
+
+def test_invalid_options_are_named(capsys, tmp_path):
     for arguments in (
         ("--size", "60"),
         ("--minutes", "0"),

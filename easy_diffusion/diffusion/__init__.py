@@ -51,7 +51,7 @@ from .samplers import (
     sampling_loop,
     spaced_timesteps,
 )
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, TimestepTable, check_timesteps
 from .score_sde import (
     SDEStep,
     VarianceExploding,
@@ -82,8 +82,10 @@ __all__ = [
     "RectifiedFlow",
     "SDEStep",
     "Step",
+    "TimestepTable",
     "VarianceExploding",
     "batched_guidance",
+    "check_timesteps",
     "check_output",
     "clipped",
     "concat_contexts",

@@ -46,7 +46,7 @@ on -log p(x0), in bits per dimension (Ho et al. 2020, eq. 5):
 L_simple + λ L_vlb, where the gradient of L_vlb does not reach the mean (Nichol & Dhariwal 2021,
 eq. 16).
 
-The file needs torch and, beside it, prediction.py; its example also schedule.py.
+The file needs torch and, beside it, prediction.py and schedule.py.
 
 >>> from .schedule import NoiseSchedule
 >>> schedule = NoiseSchedule.cosine(1000)
@@ -67,6 +67,7 @@ from typing import NamedTuple
 import torch
 
 from .prediction import Denoiser, Prediction, check_output, normal_noise
+from .schedule import TimestepTable
 
 PREDICTION_TYPES = ("eps", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
@@ -122,19 +123,21 @@ class GaussianDiffusion:
         self.loss_weight = loss_weight
         self.vlb_weight = vlb_weight
 
-        # Everything below is float64 [T].
+        # Everything below is computed in float64 [T] and kept as a table.
         betas, alpha_bar = schedule.betas, schedule.alpha_bar
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        self.snr = alpha_bar / (1 - alpha_bar)
+        self.snr = TimestepTable(alpha_bar / (1 - alpha_bar))
 
         # The coefficients c_0 and c_t of the posterior mean, and the posterior variance
-        self.posterior_coef_x0 = alpha_bar_prev.sqrt() * betas / (1 - alpha_bar)
-        self.posterior_coef_x_t = (1 - betas).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        coef_x0 = alpha_bar_prev.sqrt() * betas / (1 - alpha_bar)
+        coef_x_t = (1 - betas).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        self.posterior_coef_x0 = TimestepTable(coef_x0)
+        self.posterior_coef_x_t = TimestepTable(coef_x_t)
         beta_tilde = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
         # beta_tilde is 0 at t = 0; the value of t = 1 keeps its logarithm finite.
         beta_tilde[0] = beta_tilde[1] if len(betas) > 1 else betas[0]
-        self.log_beta_tilde = beta_tilde.log()
-        self.log_beta = betas.log()
+        self.log_beta_tilde = TimestepTable(beta_tilde.log())
+        self.log_beta = TimestepTable(betas.log())
 
     def __len__(self) -> int:
         """The number of timesteps T."""
@@ -181,11 +184,11 @@ class GaussianDiffusion:
     def _log_variance(self, variance_output, x_t, t):
         """The log variance of the reverse step: [B, 1, 1, 1], or [B, C, H, W] if it is learned."""
         if self.variance == "fixed_small":
-            return extract(self.log_beta_tilde, t, x_t)
+            return self.log_beta_tilde(t, x_t)
         if self.variance == "fixed_large":
-            return extract(self.log_beta, t, x_t)
+            return self.log_beta(t, x_t)
         w = (variance_output + 1) / 2
-        return w * extract(self.log_beta, t, x_t) + (1 - w) * extract(self.log_beta_tilde, t, x_t)
+        return w * self.log_beta(t, x_t) + (1 - w) * self.log_beta_tilde(t, x_t)
 
     def _split_output(self, output, x_t):
         """Split the channels into the predicted quantity and the output for the variance, or None.
@@ -224,7 +227,7 @@ class GaussianDiffusion:
         error = predicted.float() - self.target(x0, t, eps).float()
         loss = mean_per_sample(error.square())
         if self.loss_weight is not None:
-            loss = loss * self.loss_weight(self.snr[t.cpu()], self.prediction_type).to(loss)
+            loss = loss * self.loss_weight(self.snr(t, loss), self.prediction_type)
         if variance_output is not None:
             # L_vlb trains the variance only: no gradient reaches the predicted mean.
             frozen_mean = torch.cat([predicted.detach(), variance_output], dim=1)
@@ -254,11 +257,11 @@ class GaussianDiffusion:
 
         For t > 0 it is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), for t = 0 the decoder term.
         """
-        c_0 = extract(self.posterior_coef_x0, t, x_t)
-        c_t = extract(self.posterior_coef_x_t, t, x_t)
+        c_0 = self.posterior_coef_x0(t, x_t)
+        c_t = self.posterior_coef_x_t(t, x_t)
         true_mean = c_0 * x0 + c_t * x_t
         mean = c_0 * prediction.x0 + c_t * x_t
-        log_beta_tilde = extract(self.log_beta_tilde, t, x_t)
+        log_beta_tilde = self.log_beta_tilde(t, x_t)
         kl = gaussian_kl(true_mean, log_beta_tilde, mean, prediction.log_variance)
         decoder = -discretised_log_likelihood(x0, mean, prediction.log_variance)
         is_decoder_term = (t == 0).view(-1, *(1,) * (x_t.ndim - 1))         # [B, 1, 1, 1]
@@ -288,11 +291,6 @@ class GaussianDiffusion:
             eps = normal_noise(x0.shape, generator, x0.device, x0.dtype)
             x_t = self.add_noise(x0, t, eps)
             yield BoundTerm(timestep, self.bound_term(x0, x_t, t, denoise(x_t, t)))
-
-
-def extract(values: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The values [T] at timesteps t [B], as [B, 1, 1, ...] with the device and dtype of x."""
-    return values[t.cpu()].to(x).view(-1, *(1,) * (x.ndim - 1))
 
 
 def mean_per_sample(values: torch.Tensor) -> torch.Tensor:

@@ -80,6 +80,8 @@ class NoiseSchedule:
         self.alpha_bar = torch.cumprod(1 - betas, dim=0)
         self.alpha_t = self.alpha_bar.sqrt()
         self.sigma_t = (1 - self.alpha_bar).sqrt()
+        self._alpha_table = TimestepTable(self.alpha_t)
+        self._sigma_table = TimestepTable(self.sigma_t)
 
     @classmethod
     def linear(
@@ -193,15 +195,43 @@ class NoiseSchedule:
         x: [B, ...], for example images [B, C, H, W].
 
         Returns two tensors [B, 1, 1, ...] with the device and dtype of x.
-        Raises ValueError for a t that is not a timestep of this schedule.
+        Raises ValueError for a t that is not a timestep of this schedule, see `check_timesteps`.
         """
-        t = t.cpu()
-        if t.is_floating_point() or t.min() < 0 or t.max() >= len(self):
-            raise ValueError(
-                f"timesteps must be integers from 0 to {len(self) - 1}, "
-                f"not {t.dtype} from {t.min():.4g} to {t.max():.4g}"
-            )
-        shape = (-1,) + (1,) * (x.ndim - 1)
-        alpha_t = self.alpha_t[t].to(x.device, x.dtype).view(shape)
-        sigma_t = self.sigma_t[t].to(x.device, x.dtype).view(shape)
-        return alpha_t, sigma_t
+        check_timesteps(t, len(self))
+        return self._alpha_table(t, x), self._sigma_table(t, x)
+
+
+class TimestepTable:
+    """A function of the timestep as a table: T values, from which a batch takes those of its t.
+
+    values: float64 [T] on the CPU.
+
+    A copy for each other device and dtype is made at its first use and kept, so that a step on a
+    GPU need not wait for the CPU.
+    """
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values
+        self._copies = {}               # (device, dtype) → tensor [T]
+
+    def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The values at timesteps t [B], as [B, 1, 1, ...] with the device and dtype of x."""
+        key = (x.device, x.dtype)
+        if key not in self._copies:
+            self._copies[key] = self.values.to(*key)
+        values = self._copies[key][t.to(x.device)]
+        return values.view(-1, *(1,) * (x.ndim - 1))
+
+
+def check_timesteps(t: torch.Tensor, num_timesteps: int) -> None:
+    """Raise ValueError unless t [B] holds integers from 0 to num_timesteps - 1.
+
+    The range is checked on the CPU only. A GPU would have to be waited for; there a t that is too
+    large is an error of the device.
+    """
+    on_cpu = t.device.type == "cpu" and not torch.compiler.is_compiling()
+    if t.is_floating_point() or (on_cpu and (t.min() < 0 or t.max() >= num_timesteps)):
+        raise ValueError(
+            f"timesteps must be integers from 0 to {num_timesteps - 1}, "
+            f"not {t.dtype} from {t.min():.4g} to {t.max():.4g}"
+        )

@@ -133,7 +133,7 @@ class ImportanceTimesteps:
 
     def weights(self, t: torch.Tensor) -> torch.Tensor:
         """The factors 1 / (T p_t) of the losses at timesteps t [B], float64 [B]."""
-        return 1 / (len(self.losses) * self.probabilities()[t.cpu()])
+        return 1 / (len(self.losses) * self.probabilities().to(t.device)[t])
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Add the unweighted losses [B] at timesteps t [B] to the history."""

@@ -81,7 +81,7 @@ class CharacterEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Token ids, int64 [B, L]: the start token, one token a character, then padding."""
+        """Token ids, int64 [B, L] on the CPU: start token, one token a character, padding."""
         check_captions(captions)
         longest = max(captions, key=len)
         if len(longest) >= self.max_length:
@@ -90,11 +90,12 @@ class CharacterEncoder(nn.Module):
                 f"{longest!r} has {len(longest)}"
             )
         self.warn_of_unknown(captions)
-        tokens = torch.full((len(captions), len(longest) + 1), self.PADDING)
-        for row, caption in zip(tokens, captions):
-            ids = [self.START] + [self.index.get(character, self.UNKNOWN) for character in caption]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens.to(self.position.device)
+        rows = []
+        for caption in captions:
+            ids = [self.index.get(character, self.UNKNOWN) for character in caption]
+            padding = [self.PADDING] * (len(longest) - len(caption))
+            rows.append([self.START, *ids, *padding])
+        return torch.tensor(rows)
 
     def warn_of_unknown(self, captions: list[str]) -> None:
         """Warn of the characters of these captions that are unknown and were not named before."""
@@ -109,6 +110,10 @@ class CharacterEncoder(nn.Module):
 
     def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.tokenize(captions)  # [B, L]
+        return self.encode(tokens.to(self.position.device, non_blocking=True))
+
+    def encode(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context [B, L, dim] and mask bool [B, L] of token ids int64 [B, L], on their device."""
         mask = tokens != self.PADDING  # [B, L]
         context = self.embedding(tokens) + self.position[: tokens.shape[1]]  # [B, L, dim]
         context = self.transformer(context, src_key_padding_mask=~mask)  # [B, L, dim]

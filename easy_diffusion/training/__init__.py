@@ -61,12 +61,13 @@ from .distributed import (
     autocast,
     average_gradients,
     broadcast_parameters,
+    check_gpu,
     default_accelerator,
     fast_precision,
     reduce_metrics,
 )
 from .draws import StepDraws
-from .ema import update_ema
+from .ema import EMA, update_ema
 from .finetune_cn_clip import (
     FinetuneStep,
     compute_recall,
@@ -120,6 +121,7 @@ from .trainer import Trainer, train
 from .training_step import TrainingStep
 
 __all__ = [
+    "EMA",
     "LPIPS",
     "AdversarialOptions",
     "AutoencoderOptions",
@@ -152,6 +154,7 @@ __all__ = [
     "autocast",
     "average_gradients",
     "broadcast_parameters",
+    "check_gpu",
     "build_optimizers",
     "catch_out_of_memory",
     "clip_grad_norm",

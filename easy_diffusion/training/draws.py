@@ -3,9 +3,10 @@
 All of them follow from (seed, i) for step i, whatever other code draws in between. That is why a
 run that was killed and resumed ends with the weights of an unbroken run.
 
-Timesteps, dropped captions and, on a CPU, noise are drawn for the batches of all W processes, and
-each process takes its part: W processes train on what one process draws for a batch W times as
-large. On a GPU the noise of each process but the first has a seed of its own.
+Timesteps and dropped captions are drawn on the CPU, where the captions are dropped; the noise is
+drawn on the device. Timesteps, dropped captions and, on a CPU, noise are drawn for the batches of
+all W processes, and each process takes its part: W processes train on what one process draws for a
+batch W times as large. On a GPU the noise of each process but the first has a seed of its own.
 
 The file needs torch and, beside it, data_loader.py; its example also the folder diffusion/.
 
@@ -32,10 +33,10 @@ class StepDraws:
     caption_dropout: fraction of the captions that become uncond.
     seed: of timesteps, dropped captions, noise and dropout.
     uncond: the caption that replaces the dropped ones.
-    device: where the random numbers are drawn.
+    device: where the noise is drawn.
     rank, world_size: this process and the number of processes.
 
-    The attribute `generator` gives the noise of a step after `start_step`.
+    The attribute `noise_generator` gives the noise of a step after `start_step`.
     """
 
     def __init__(
@@ -49,37 +50,39 @@ class StepDraws:
         self.uncond = uncond
         self.rank = rank
         self.world_size = world_size
-        self.generator = torch.Generator(device)
+        self.generator = torch.Generator()                  # of timesteps and dropped captions
+        self.noise_generator = torch.Generator(device)
 
     def start_step(self, index: int, batch: Batch) -> tuple[torch.Tensor, list]:
-        """Return the timesteps [B] and the captions, some of them dropped, of step `index`.
+        """Return the timesteps [B], on the CPU, and the captions, some of them dropped, of a step.
 
-        It also seeds `generator` for the step, and leaves it where this process's noise begins.
+        index: of the step. It also seeds `noise_generator`, where this process's noise begins.
         """
         generator = self.generator
         count = len(batch.images)
         total = self.world_size * count
         own_part = slice(self.rank * count, (self.rank + 1) * count)
-        seed = derive_seed(self.seed, index)
-        generator.manual_seed(seed)
+        generator.manual_seed(derive_seed(self.seed, index))
         # A function that draws from the global generators instead gets a seed of its own, so that
         # its timesteps do not depend on `dropped`.
         with fork_rng(derive_seed(self.seed, index, "timesteps")):
             t = self.timesteps(total, self.num_timesteps, generator)[own_part]
-        dropped = torch.rand(total, generator=generator, device=generator.device)[own_part]
+        dropped = torch.rand(total, generator=generator)[own_part]
         dropped = (dropped < self.caption_dropout).tolist()
         captions = [self.uncond if drop else c for c, drop in zip(batch.captions, dropped)]
-        self.skip_noise_of_earlier_ranks(index, batch.images.shape)
+        self.seed_noise(index, batch.images.shape)
         return t, captions
 
-    def skip_noise_of_earlier_ranks(self, index: int, shape) -> None:
-        """Move `generator` to this process's noise; shape: [B, C, H, W] of its batch."""
-        if self.generator.device.type == "cpu":
+    def seed_noise(self, index: int, shape) -> None:
+        """Seed `noise_generator` for this process; shape: [B, C, H, W] of its batch."""
+        generator = self.noise_generator
+        generator.manual_seed(derive_seed(self.seed, index, "noise"))
+        if generator.device.type == "cpu":
             # Draw the noise of the processes before and drop it: only the position matters.
-            torch.randn(self.rank * shape[0], *shape[1:], generator=self.generator)
+            torch.randn(self.rank * shape[0], *shape[1:], generator=generator)
         elif self.rank > 0:
             # On a GPU the numbers depend on the size of the draw: a seed of its own is simpler.
-            self.generator.manual_seed(derive_seed(self.seed, index, self.rank))
+            generator.manual_seed(derive_seed(self.seed, index, "noise", self.rank))
 
     def dropout_rng(self, index: int):
         """Context manager for the network's forward pass, whose dropout uses global generators.

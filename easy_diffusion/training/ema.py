@@ -22,16 +22,33 @@ such as the running statistics of BatchNorm, are copied. The file needs nothing 
 import torch
 
 
-@torch.no_grad()
-def update_ema(ema_model, model, index: int, decay: float) -> None:
-    """Move the averaged weights towards the trained ones and copy the buffers, in place.
+class EMA:
+    """Keeps the average of a model's weights in another module.
 
     ema_model, model: modules with the same parameters and buffers in the same order.
-    index: the training step i, counted from 0.
     decay: upper limit of d_i, in [0, 1); larger is slower.
+
+    The lists of all tensors are made once, because a search for them takes as long as the update.
     """
-    d = min(decay, (1 + index) / (10 + index))
-    parameters = [parameter.detach() for parameter in model.parameters()]
-    torch._foreach_lerp_(list(ema_model.parameters()), parameters, 1 - d)
-    for ema_buffer, buffer in zip(ema_model.buffers(), model.buffers()):
-        ema_buffer.copy_(buffer)
+
+    def __init__(self, ema_model, model, decay: float):
+        self.decay = decay
+        self.ema_parameters = list(ema_model.parameters())
+        self.parameters = list(model.parameters())
+        self.buffers = list(zip(ema_model.buffers(), model.buffers()))
+
+    @torch.no_grad()
+    def update(self, index: int) -> None:
+        """Move the averaged weights towards the trained ones and copy the buffers, in place.
+
+        index: the training step i, counted from 0.
+        """
+        d = min(self.decay, (1 + index) / (10 + index))
+        torch._foreach_lerp_(self.ema_parameters, self.parameters, 1 - d)
+        for ema_buffer, buffer in self.buffers:
+            ema_buffer.copy_(buffer)
+
+
+def update_ema(ema_model, model, index: int, decay: float) -> None:
+    """Update the average once; see `EMA`."""
+    EMA(ema_model, model, decay).update(index)

@@ -44,7 +44,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
     Returns [N, r, c], with singular values between about 0.7 and 1.2.
     """
-    x = matrices.to(iteration_dtype(matrices.device))
+    x = matrices.to(iteration_dtype())
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         a = torch.bmm(x, x.mT)                                      # A = X Xᵀ, [N, r, r]
@@ -53,9 +53,9 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.to(matrices.dtype)
 
 
-def iteration_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, whose precision is enough here; float32 on a GPU without bfloat16 (V100, T4)."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+def iteration_dtype() -> torch.dtype:
+    """bfloat16, whose precision is enough here; float32 if the GPU lacks it (V100, T4)."""
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float32
     return torch.bfloat16
 

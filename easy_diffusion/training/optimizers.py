@@ -82,11 +82,13 @@ def clip_grad_norm(parameters, norm: float, max_norm: float) -> None:
     enough, as most are, are not touched.
     """
     if norm > max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        scale = max_norm / (torch.tensor(norm) + 1e-6)          # in float32, as torch computes it
+        torch._foreach_mul_(gradients, scale.item())
 
 
 def descend(
-    loss: torch.Tensor, parameters, optimizers: list[tuple], clip: float, index: int
+    loss: torch.Tensor, parameters, optimizers: list[tuple], clip: float, index: int, scaler=None
 ) -> float:
     """Step all optimizers along the gradient of a loss, its norm clipped; return the loss.
 
@@ -94,14 +96,22 @@ def descend(
     optimizers: pairs (optimizer, peak learning rate).
     clip: maximum norm of the gradient.
     index: of the training step, for the message.
+    scaler: a torch.amp.GradScaler, which fp16 needs. If its scale makes the gradient overflow, no
+        weight changes and the scale is lowered.
 
     Raises FloatingPointError, and changes no weight, if the loss or the norm is not finite.
     """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     for parameter in parameters:
         parameter.grad = None
-    loss.backward()
+    scaler.scale(loss).backward()
+    for optimizer, _ in optimizers:
+        scaler.unscale_(optimizer)
     norm = compute_grad_norm(parameters)
     loss, norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
+    if math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1:
+        scaler.update()
+        return loss
     if not (math.isfinite(loss) and math.isfinite(norm)):
         peaks = " and ".join(f"{peak:g}" for _, peak in optimizers)
         raise FloatingPointError(
@@ -110,7 +120,8 @@ def descend(
         )
     clip_grad_norm(parameters, norm, clip)
     for optimizer, _ in optimizers:
-        optimizer.step()
+        scaler.step(optimizer)
+    scaler.update()
     return loss
 
 

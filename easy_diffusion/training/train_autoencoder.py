@@ -89,6 +89,7 @@ class AutoencoderTrainer:
         self.accelerator = options.accelerator or default_accelerator()
         check_accelerator(self.accelerator)
         self.device = self.accelerator.device
+        self.scaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)   # for fp16
         self.loader = prepare_loader(self.accelerator, loader)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
         self.perceptual = options.reconstruction.perceptual
@@ -160,6 +161,8 @@ class AutoencoderTrainer:
             optimizer.load_state_dict(state)
         if saved["device"] == self.device.type:
             self.generator.set_state(saved["generator"])
+        if self.scaler.is_enabled() and saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
         self.clock.start(saved["index"], saved["seconds"])
 
     def compute_loss(self, x, y, posterior) -> tuple[torch.Tensor, dict]:
@@ -196,7 +199,7 @@ class AutoencoderTrainer:
         set_learning_rates(self.optimizers, lr_multiplier)
         weights = list(self.models["autoencoder"].parameters())
         clip = self.options.optimizer.clip
-        return descend(loss, weights, self.optimizers, clip, self.clock.index)
+        return descend(loss, weights, self.optimizers, clip, self.clock.index, self.scaler)
 
     def update_discriminator(self, x, y) -> torch.Tensor:
         """Take the optimizer step of the discriminator; return its loss."""
@@ -205,7 +208,8 @@ class AutoencoderTrainer:
         set_learning_rates(self.discriminator_optimizers, 1.0)
         weights = list(self.models["discriminator"].parameters())
         clip = self.options.optimizer.clip
-        descend(loss, weights, self.discriminator_optimizers, clip, self.clock.index)
+        optimizers = self.discriminator_optimizers
+        descend(loss, weights, optimizers, clip, self.clock.index, self.scaler)
         return loss
 
     def save(self) -> None:
@@ -220,6 +224,7 @@ class AutoencoderTrainer:
             "progress": self.clock.progress,
             "generator": self.generator.get_state(),
             "device": self.device.type,
+            "scaler": self.scaler.state_dict(),
         }
         warn_on_main_process(self.accelerator, save_or_warn(self.options.checkpoint, state))
 
@@ -237,11 +242,10 @@ class AutoencoderTrainer:
 
 
 def check_accelerator(accelerator) -> None:
-    """Raise ValueError for several processes or fp16."""
-    if accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16":
+    """Raise ValueError for several processes."""
+    if accelerator.num_processes > 1:
         raise ValueError(
-            'the training needs one process and mixed precision "bf16" or "no", '
-            f'not {accelerator.num_processes} processes and "{accelerator.mixed_precision}"'
+            f"the training needs one process, not {accelerator.num_processes} processes"
         )
 
 
@@ -263,8 +267,8 @@ def train_autoencoder(autoencoder, loader, **options) -> Iterator[AutoencoderSte
     """Train an autoencoder and yield every step.
 
     The training ends after `steps` steps or `minutes` minutes, whichever comes first. What the
-    caller does between two steps does not count as training time. Training runs in one process, in
-    full precision or bfloat16. A finished training yields no step; its result is in the checkpoint,
+    caller does between two steps does not count as training time. Training runs in one process. A
+    finished training yields no step; its result is in the checkpoint,
     under ["models"]["ema"].
 
     autoencoder: an Autoencoder; its weights are trained in place.

@@ -48,11 +48,12 @@ from .distributed import (
     broadcast_parameters,
     check_same_step,
     default_accelerator,
+    gather,
     reduce_metrics,
     warn_on_main_process,
 )
 from .draws import StepDraws
-from .ema import update_ema
+from .ema import EMA
 from .health import TrainingHealth, explain_failure
 from .loss_history import LossHistory
 from .memory import MicroBatches, catch_out_of_memory
@@ -65,7 +66,10 @@ FP16_OVERFLOW = "the gradient overflows in fp16"
 
 
 class BatchLosses(NamedTuple):
-    """Of each image of this process's batch, [B] each: its loss, its timestep, its loss weight."""
+    """Of each image of this process's batch, [B] each: its loss, its timestep, its loss weight.
+
+    losses and weights are on the device, t is on the CPU.
+    """
 
     losses: torch.Tensor
     t: torch.Tensor
@@ -101,6 +105,7 @@ class Trainer:
         self.models = torch.nn.ModuleDict(modules).to(self.device)
         broadcast_parameters(self.accelerator, self.models)
         self.ema_models = copy.deepcopy(self.models).requires_grad_(False).eval()
+        self.ema = EMA(self.ema_models, self.models, options.optimizer.ema)
         self.parameters = [weight for weight in self.models.parameters() if weight.requires_grad]
         self.optimizers = OptimizerPhases(self.parameters, options.optimizer, options.plateau)
 
@@ -128,7 +133,7 @@ class Trainer:
             batch = unpack_batch(next(batches))
             losses = self.compute_loss_and_gradients(index, batch)
             self.unscale_gradients()
-            loss, norm, seconds = self.reduce(losses)
+            loss, norm, image_losses, seconds = self.reduce(losses)
 
             # The optimizer step and the EMA, unless the step is bad.
             phase = self.optimizers.phase
@@ -137,7 +142,7 @@ class Trainer:
             if reason:
                 self.skip(index, reason)
             else:
-                self.update(index, losses, loss, norm)
+                self.update(index, loss, norm, image_losses, losses.t)
 
             # Time, plateau, checkpoint. The caller's time is not training time.
             self.clock.tick(self.world_size * len(batch.images), seconds)
@@ -165,10 +170,11 @@ class Trainer:
 
         If any process runs out of memory, all repeat the step with twice as many micro-batches.
         """
-        self.models.train()
+        if not all(model.training for model in self.models.values()):   # the caller has sampled
+            self.models.train()
         losses = catch_out_of_memory(self.backpropagate, index, batch)
         while any_rank(self.accelerator, losses is None):
-            # Not for ever: the second time, double() raises torch.OutOfMemoryError.
+            # At most twice: the second time, double() raises torch.OutOfMemoryError.
             self.warn(self.micro_batches.double(index, len(batch.images)))
             losses = catch_out_of_memory(self.backpropagate, index, batch)
 
@@ -184,7 +190,7 @@ class Trainer:
         t, captions = self.draws.start_step(index, batch)
         weights = torch.ones(len(t), device=self.device)
         if hasattr(self.options.timesteps, "weights"):
-            weights = self.options.timesteps.weights(t).to(self.device)
+            weights = self.options.timesteps.weights(t).to(self.device, non_blocking=True)
 
         losses = []
         with self.draws.dropout_rng(index):
@@ -201,12 +207,14 @@ class Trainer:
         """Return the loss of each of M images, [M], with a graph for its gradient."""
         x0 = self.to_device(images).float()                                     # [M, C, H, W]
         extras = {name: self.to_device(extra) for name, extra in extras.items()}
+        t = t.to(self.device, non_blocking=True)                                # [M]
         context = mask = None
         with self.accelerator.autocast():
             if self.encoder is not None:
                 context, mask = self.encoder(captions)                          # [M, L, D], [M, L]
             with_extras = partial(self.network, **extras)
-            return self.diffusion.loss(with_extras, x0, t, context, mask, self.draws.generator)
+            noise_generator = self.draws.noise_generator
+            return self.diffusion.loss(with_extras, x0, t, context, mask, noise_generator)
 
     def to_device(self, values: torch.Tensor) -> torch.Tensor:
         """Move a tensor of a batch to the device; pixels become [-1, 1]."""
@@ -217,8 +225,13 @@ class Trainer:
         for optimizer in self.optimizers.current:
             self.scaler.unscale_(optimizer)
 
-    def reduce(self, losses: BatchLosses) -> tuple[float, float, float | None]:
-        """Return loss, gradient norm and the time, in seconds: those of all processes.
+    def reduce(
+        self, losses: BatchLosses
+    ) -> tuple[float, float, torch.Tensor, float | None]:
+        """Return loss, gradient norm, losses of this process's images and the time in seconds.
+
+        Loss, norm and time are those of all processes. One copy brings all values to the CPU; it is
+        the only moment of a step at which the CPU waits for the GPU.
 
         Several processes must agree on the time, so that all stop and save at the same step; they
         take that of the main process here. One process needs no agreement: its time is None, and
@@ -226,8 +239,10 @@ class Trainer:
         """
         norm = compute_grad_norm(self.parameters)
         mean_loss = (losses.losses * losses.weights).mean()
-        loss, norm, seconds = reduce_metrics(self.accelerator, mean_loss, norm, self.clock.now())
-        return loss, norm, seconds if self.world_size > 1 else None
+        metrics = torch.stack([mean_loss.float(), norm.float()])
+        metrics = torch.cat([metrics, losses.losses.float()]).cpu()             # [2 + B]
+        loss, norm, seconds = reduce_metrics(self.accelerator, *metrics[:2], self.clock.now())
+        return loss, norm, metrics[2:], seconds if self.world_size > 1 else None
 
     # ------------------------------------------------------------ the optimizer step
 
@@ -252,19 +267,23 @@ class Trainer:
         """
         return math.isfinite(loss) and not math.isfinite(norm) and self.scaler.get_scale() > 1
 
-    def update(self, index: int, losses: BatchLosses, loss: float, norm: float) -> None:
-        """Take the step: clip the gradient, step the optimizers, update the EMA and the records."""
-        options = self.options
-        clip_grad_norm(self.parameters, norm, options.optimizer.clip)
+    def update(
+        self, index: int, loss: float, norm: float, image_losses: torch.Tensor, t: torch.Tensor
+    ) -> None:
+        """Take the step: clip the gradient, step the optimizers, update the EMA and the records.
+
+        image_losses, t: of the images of this process's batch, [B], on the CPU.
+        """
+        clip_grad_norm(self.parameters, norm, self.options.optimizer.clip)
         for optimizer in self.optimizers.current:
             self.scaler.step(optimizer)
         self.scaler.update()
-        update_ema(self.ema_models, self.models, index, options.optimizer.ema)
+        self.ema.update(index)
 
-        self.history.update(loss, losses.losses, losses.t, len(self.diffusion))
-        if hasattr(options.timesteps, "update"):
-            gather = self.accelerator.gather
-            options.timesteps.update(gather(losses.t), gather(losses.losses))
+        self.history.update(loss, image_losses, t, len(self.diffusion))
+        if hasattr(self.options.timesteps, "update"):
+            t, image_losses = (gather(self.accelerator, values) for values in (t, image_losses))
+            self.options.timesteps.update(t, image_losses)
         self.health.step_taken(index, self.ema_models, self.history.losses)
 
     def skip(self, index: int, reason: str) -> None:

@@ -27,7 +27,8 @@ def make_optimal_denoiser(schedule):
     alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bar[:-1]])
     beta_tilde = schedule.betas * (1 - alpha_bar_prev) / (1 - schedule.alpha_bar)
     variance_of_x0 = STD ** 2 * sigma_t ** 2 / (alpha_t ** 2 * STD ** 2 + sigma_t ** 2)
-    variance = beta_tilde + GaussianDiffusion(schedule).posterior_coef_x0 ** 2 * variance_of_x0
+    coef_x0 = GaussianDiffusion(schedule).posterior_coef_x0.values
+    variance = beta_tilde + coef_x0 ** 2 * variance_of_x0
 
     def denoise(x_t, t):
         alpha_t, sigma_t = schedule.alpha_sigma(t, x_t)
@@ -119,8 +120,9 @@ def test_vlb_at_random_timesteps_has_the_mean_of_the_complete_bound():
     schedule, x0 = NoiseSchedule.cosine(50), random_grey_levels(20_000)
     denoise, variance = make_optimal_denoiser(schedule)
     diffusion = GaussianDiffusion(schedule, "x0", "learned_range")
-    log_range = diffusion.log_beta - diffusion.log_beta_tilde
-    variance_output = (variance.log() - diffusion.log_beta_tilde) / log_range * 2 - 1       # [T]
+    log_range = diffusion.log_beta.values - diffusion.log_beta_tilde.values
+    w = (variance.log() - diffusion.log_beta_tilde.values) / log_range                      # [T]
+    variance_output = 2 * w - 1
 
     def network(x_t, t, context, mask):
         second_half = variance_output[t].view(-1, 1, 1, 1).expand_as(x_t)
@@ -161,7 +163,7 @@ def test_the_learned_variance_converges_to_the_true_variance():
         scheduler.step()
 
     w = (variance_output.detach() + 1) / 2
-    learned = (w * diffusion.log_beta + (1 - w) * diffusion.log_beta_tilde).exp()
+    learned = (w * diffusion.log_beta.values + (1 - w) * diffusion.log_beta_tilde.values).exp()
     # At t = 0 the best variance is another: it includes the width of a grey level.
     torch.testing.assert_close(learned[1:], true_variance[1:], rtol=0.05, atol=0)
 

@@ -13,7 +13,7 @@ def draw(images, captions, rank=0, world_size=1, index=4):
     """Timesteps, captions and noise of one process in step `index`."""
     draws = StepDraws(uniform_timesteps, 1000, 0.5, 0, rank=rank, world_size=world_size)
     t, captions = draws.start_step(index, Batch(images, captions, {}))
-    return t, captions, torch.randn(images.shape, generator=draws.generator)
+    return t, captions, torch.randn(images.shape, generator=draws.noise_generator)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

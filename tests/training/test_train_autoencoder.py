@@ -26,11 +26,13 @@ def full_precision():
     return Accelerator(mixed_precision="no")
 
 
-def run_training(steps, checkpoint=None, save_seconds=0.0, **options):
+def run_training(steps, checkpoint=None, save_seconds=0.0, scaler=None, **options):
     """The same training at each call: weights, data, order and noise follow from seeds."""
     torch.manual_seed(0)
     autoencoder = make_autoencoder()
     discriminator = PatchDiscriminator(width=32)
+    accelerator = full_precision()
+    accelerator.scaler = scaler
     return train_autoencoder(
         autoencoder,
         make_loader(Dishes(20, 32), 4),
@@ -41,7 +43,7 @@ def run_training(steps, checkpoint=None, save_seconds=0.0, **options):
         discriminator_from=0.4,
         muon_learning_rate=3e-3,
         warmup=2,
-        accelerator=full_precision(),
+        accelerator=accelerator,
         **options,
     )
 
@@ -194,6 +196,31 @@ def test_incompatible_checkpoints_and_wrong_arguments_are_refused(tmp_path):
 def test_the_error_for_a_loss_that_is_not_finite_names_the_step():
     with pytest.raises(FloatingPointError, match="step 0"):
         next(run_training(3, kl=float("nan")))
+
+
+def test_a_gradient_scaler_changes_nothing_but_skips_steps_that_overflow(tmp_path):
+    """As with fp16 on a GPU. The scale is that of float32, so that only the last case overflows."""
+    *_, expected = run_training(4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
+    *_, scaled = run_training(4, tmp_path / "c", scaler=scaler)
+    weights, scaled_weights = (
+        torch.nn.utils.parameters_to_vector(step.autoencoder.parameters())
+        for step in (expected, scaled)
+    )
+    torch.testing.assert_close(scaled_weights, weights, rtol=0, atol=1e-5)
+    assert scaler.get_scale() == 2.0 ** 10
+
+    resumed = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for _ in run_training(6, tmp_path / "c", scaler=resumed):
+        pass
+    assert resumed.get_scale() == 2.0 ** 10
+
+    overflowing = torch.amp.GradScaler("cpu", init_scale=2.0 ** 127)
+    step = next(run_training(4, scaler=overflowing))
+    assert overflowing.get_scale() == 2.0 ** 126
+    torch.manual_seed(0)
+    for weight, initial in zip(step.autoencoder.parameters(), make_autoencoder().parameters()):
+        assert torch.equal(weight, initial)
 
 
 def test_scale_and_shift_give_latents_mean_0_and_standard_deviation_1():

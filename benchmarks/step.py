@@ -1,0 +1,207 @@
+"""What a training step and a sampling step cost: python -m benchmarks.step [--quick]
+
+A small network leaves a GPU idle, because each operation takes the CPU some 20 µs to start. So
+operations count more than FLOPs. Measured are
+
+    training        a step of `train` with the demo's network, encoder, Muon and EMA, 64×64 pixels
+    UNet training   forward, backward and AdamW of a UNet on the demo's patches (48×16×16), ours
+                    and diffusers' with the same weights
+    UNet sampling   a step of guided sampling with these two, for half as many images
+
+Columns: `operations` are those that PyTorch starts, without changes of shape and allocations. On a
+GPU `launches` are the calls that start a kernel, `busy` is the union of all kernels' times over the
+time of the step, and `waits` are the moments at which the CPU waits for the GPU. The columns of
+time are medians of steps in turns. On a CPU only batches of 32 are measured.
+"""
+
+import argparse
+import collections
+import statistics
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm.auto import tqdm
+
+from datasets.dishes import dish_names
+from easy_diffusion import presets
+from easy_diffusion.training.muon import Muon
+from easy_diffusion.training.trainer import train
+
+from .report import finish
+from .unet import DEVICE, NETWORKS, build_pair, build_steps, measure_seconds
+
+BATCHES = (32, 256, 1024) if DEVICE == "cuda" else (32,)
+PATCHES = "64/128, 48×16×16, as the demo's patches"
+FREE = ("aten._unsafe_view", "aten.lift_fresh", "aten.empty", "aten.new_empty")
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations of this thread that compute something: neither views nor memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and not str(function).startswith(FREE):
+            self.counts[str(function)] += 1
+        return function(*args, **kwargs or {})
+
+
+def count_operations(function) -> int:
+    """Return how many operations function() takes.
+
+    PyTorch computes the backward pass on a GPU in a thread of its own. Here it is told not to.
+    """
+    with OperationCounter() as counter, torch.autograd.set_multithreading_enabled(False):
+        function()
+    return counter.counts.total()
+
+
+def profile_gpu(function) -> dict:
+    """Return launches, kernels, fraction of the time that the GPU is busy, and waits."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        seconds = measure_seconds(function)
+    on_gpu = torch.autograd.DeviceType.CUDA
+    events = profiler.events()
+    kernels = [event.time_range for event in events if event.device_type == on_gpu]
+    names = [event.name for event in events if event.device_type != on_gpu]
+
+    # The union of the kernels' intervals, in microseconds.
+    busy, end = 0.0, 0.0
+    for interval in sorted(kernels, key=lambda interval: interval.start):
+        busy += max(0.0, interval.end - max(interval.start, end))
+        end = max(end, interval.end)
+    return {
+        "launches": sum("LaunchKernel" in name for name in names),
+        "kernels": len(kernels),
+        "busy": busy / (1e6 * seconds),
+        # One wait is the measurement's own.
+        "waits": sum("Synchronize" in name for name in names) - 1,
+    }
+
+
+def make_demo_step(batch_size: int):
+    """Build a function that takes one step of the demo's training, which has begun."""
+    names = dish_names("train")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (batch_size, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    if DEVICE == "cuda":
+        images = images.pin_memory()
+    captions = [names[i % len(names)] for i in range(batch_size)]
+    torch.manual_seed(0)
+    network, encoder, diffusion = presets.build_networks("".join(names))
+    steps = train(
+        network, diffusion, [(images, captions)], encoder, steps=100_000, **presets.TRAINING
+    )
+    return lambda: next(steps)
+
+
+def measure(batch_size: int, rounds: int) -> list[dict]:
+    """Return the rows of one batch size."""
+    options, side, _ = NETWORKS[PATCHES]
+    network, peer = build_pair(options)
+    unet_steps = build_steps(
+        network, peer, (batch_size, options["in_channels"], side, side), compiled=False
+    )
+    modules = {"ours": network, "diffusers": peer}
+    functions = {("training", "ours"): make_demo_step(batch_size)}
+    for (whose, kind), function in unet_steps.items():
+        functions["UNet training" if kind == "train" else "UNet sampling", whose] = function
+
+    seconds = {key: [] for key in functions}
+    for _ in tqdm(range(rounds + 1), desc=f"batch {batch_size}", unit="round"):
+        for (step, whose), function in functions.items():
+            modules[whose].train("training" in step)
+            function()          # caches are filled again after a training step
+            seconds[step, whose].append(measure_seconds(function))
+    rows = []
+    for (step, whose), function in functions.items():
+        modules[whose].train("training" in step)
+        function()
+        ms = 1000 * statistics.median(seconds[step, whose][1:])
+        images = batch_size if "training" in step else batch_size // 2
+        rows.append({
+            "step": step,
+            "by": whose,
+            "batch": batch_size,
+            "ms": ms,
+            "images/s": 1000 * images / ms,
+            "operations": count_operations(function),
+        })
+        if DEVICE == "cuda":
+            rows[-1] |= profile_gpu(function)
+    return rows
+
+
+def count_muon_operations() -> int:
+    """Return the operations of one step of Muon for the demo's network and encoder."""
+    network, encoder, _ = presets.build_networks("".join(dish_names("train")))
+    parameters = [*network.parameters(), *encoder.parameters()]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    for matrix in matrices:
+        matrix.grad = torch.ones_like(matrix)
+    optimizer = Muon(matrices)
+    optimizer.step()            # creates the momenta
+    return count_operations(optimizer.step)
+
+
+def count_graph_breaks() -> int:
+    """Return the graph breaks of torch.compile in the demo's network, loss and encoder."""
+    network, encoder, diffusion = presets.build_networks("".join(dish_names("train")))
+    tokens = encoder.tokenize(["番茄炒鸡蛋", "土豆汤"])
+    context, mask = encoder.encode(tokens)
+    x, t = torch.randn(2, 3, 64, 64), torch.tensor([0, 999])
+    breaks = 0
+    for function, arguments in (
+        (network, (x, t, context, mask)),
+        (diffusion.loss, (network, x, t, context, mask)),
+        (encoder.encode, (tokens,)),
+    ):
+        torch._dynamo.reset()
+        breaks += torch._dynamo.explain(function)(*arguments).graph_break_count
+    return breaks
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="one batch size, two rounds; the figures are not saved",
+    )
+    quick = parser.parse_args().quick
+    rows = []
+    for batch_size in BATCHES[:1] if quick else BATCHES:
+        rows += measure(batch_size, rounds=2 if quick else 9)
+
+    by_key = {(row["step"], row["by"], row["batch"]): row for row in rows}
+    demo = by_key["training", "ours", 32]
+    claims = {
+        "ops_per_step": demo["operations"],
+        "muon_ops": count_muon_operations(),
+        "graph_breaks": count_graph_breaks(),
+        "speedup_32": (
+            by_key["UNet training", "diffusers", 32]["ms"]
+            / by_key["UNet training", "ours", 32]["ms"]
+        ),
+        "sampling_speedup": (
+            by_key["UNet sampling", "diffusers", 32]["ms"]
+            / by_key["UNet sampling", "ours", 32]["ms"]
+        ),
+    }
+    if DEVICE == "cuda":
+        claims["launches_per_step"] = demo["launches"]
+    if DEVICE == "cuda" and not quick:
+        claims["images_per_second_256"] = by_key["training", "ours", 256]["images/s"]
+        claims["busy_256"] = by_key["training", "ours", 256]["busy"]
+    finish("step", claims, rows, quick)
+
+
+if __name__ == "__main__":
+    main()
