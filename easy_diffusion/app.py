@@ -6,6 +6,12 @@ buttons do is in app_requests.py. Only this computer can open the page, and no d
 computes one request at a time; others wait.
 
 It needs gradio (requirements-app.txt; `make app` installs it).
+
+>>> from .presets import build_networks
+>>> from .pretrained import Model
+>>> model = Model(*build_networks("番茄汤"), autoencoder=None)       # random weights
+>>> build_page(Requests(model, size=64)).title
+'Easy Diffusion'
 """
 
 import argparse

@@ -15,6 +15,15 @@ generates the dish and inpaints what the camera's move uncovers. The files in --
 With --image the camera moves over a photograph instead of a generated dish, and --mask selects a
 region of it to inpaint first. With --inpainter sd Stable Diffusion inpaints instead of the trained
 network. The options are in demo_options.py. train_demo.py trains the networks.
+
+>>> from .presets import build_networks
+>>> from .pretrained import Model
+>>> model = Model(*build_networks("番茄汤"), autoencoder=None)       # random weights
+>>> options = parse_options(["番茄汤", "--size", "64", "--steps", "2", "--seconds", "1"])
+>>> dish = np.zeros((64, 64, 3), np.uint8)
+>>> frames = make_film(options, model, "番茄汤", dish, "right")
+>>> frames[0].shape
+(256, 256, 3)
 """
 
 import sys

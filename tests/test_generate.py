@@ -41,7 +41,8 @@ def test_the_guided_denoiser_equals_guidance_with_the_bare_network(models, label
     network, encoder, diffusion = models
     encoder = LabelEncoder() if labels else encoder
     captions = [0, 2] if labels else NAMES
-    x_t, t = torch.randn(2, 3, 32, 32), torch.tensor([500, 500])
+    generator = torch.Generator().manual_seed(0)
+    x_t, t = torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([500, 500])
     denoise = guided_denoiser(network, encoder, diffusion, captions, guidance=3.0, clip=False)
     cond = diffusion.denoiser(network, *encoder(captions))
     uncond = diffusion.denoiser(network, *encoder([3] if labels else [""]))

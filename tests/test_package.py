@@ -203,7 +203,7 @@ def test_a_folder_copies_out_with_what_its_docstring_names(folder, tmp_path):
 
 
 def test_the_whole_package_copies_out_and_the_examples_of_its_top_level_files_run(tmp_path):
-    for name in ("easy_diffusion", "datasets"):
+    for name in ("easy_diffusion", "datasets", "weights"):
         shutil.copytree(ROOT / name, tmp_path / name)
     modules = [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
     run_examples([f"easy_diffusion.{name}" for name in modules], tmp_path)

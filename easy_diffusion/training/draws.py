@@ -4,9 +4,9 @@ All of them follow from (seed, i) for step i, whatever other code draws in betwe
 run that was killed and resumed ends with the weights of an unbroken run.
 
 Timesteps and dropped captions are drawn on the CPU, where the captions are dropped; the noise is
-drawn on the device. Timesteps, dropped captions and, on a CPU, noise are drawn for the batches of
-all W processes, and each process takes its part: W processes train on what one process draws for a
-batch W times as large. On a GPU the noise of each process but the first has a seed of its own.
+drawn on the device. On a CPU, one generator draws all of them, for the batches of all W processes,
+and each process takes its part: W processes train on what one process draws for a batch W times as
+large. On a GPU the noise of each process has a seed of its own.
 
 The file needs torch and, beside it, data_loader.py; its example also the folder diffusion/.
 
@@ -51,7 +51,8 @@ class StepDraws:
         self.rank = rank
         self.world_size = world_size
         self.generator = torch.Generator()                  # of timesteps and dropped captions
-        self.noise_generator = torch.Generator(device)
+        on_cpu = torch.device(device).type == "cpu"
+        self.noise_generator = self.generator if on_cpu else torch.Generator(device)
 
     def start_step(self, index: int, batch: Batch) -> tuple[torch.Tensor, list]:
         """Return the timesteps [B], on the CPU, and the captions, some of them dropped, of a step.
@@ -75,14 +76,12 @@ class StepDraws:
 
     def seed_noise(self, index: int, shape) -> None:
         """Seed `noise_generator` for this process; shape: [B, C, H, W] of its batch."""
-        generator = self.noise_generator
-        generator.manual_seed(derive_seed(self.seed, index, "noise"))
-        if generator.device.type == "cpu":
+        if self.noise_generator is self.generator:
             # Draw the noise of the processes before and drop it: only the position matters.
-            torch.randn(self.rank * shape[0], *shape[1:], generator=generator)
-        elif self.rank > 0:
+            torch.randn(self.rank * shape[0], *shape[1:], generator=self.generator)
+        else:
             # On a GPU the numbers depend on the size of the draw: a seed of its own is simpler.
-            generator.manual_seed(derive_seed(self.seed, index, "noise", self.rank))
+            self.noise_generator.manual_seed(derive_seed(self.seed, index, "noise", self.rank))
 
     def dropout_rng(self, index: int):
         """Context manager for the network's forward pass, whose dropout uses global generators.

@@ -77,7 +77,8 @@ def train_simple(
     models = torch.nn.ModuleList([network, encoder])        # an encoder of None stays in it
     ema_models = copy.deepcopy(models).requires_grad_(False).eval()
     device = next(network.parameters()).device
-    generator, noise_generator = torch.Generator(), torch.Generator(device)
+    generator = torch.Generator()
+    noise_generator = generator if device.type == "cpu" else torch.Generator(device)
     for index, batch in zip(range(steps), infinite_batches(loader)):
         # The batch: pixels become [-1, 1]; extras are more inputs of the network, by name.
         images, captions, extras = unpack_batch(batch)
@@ -101,7 +102,8 @@ def train_simple(
         #     eps ~ N(0, I);  x_t = add_noise(x0, t, eps) = alpha_t x0 + sigma_t eps
         #     |network(x_t, t, context, mask) - target(x0, t, eps)|² · loss weight
         with_extras = partial(network, **extras)
-        noise_generator.manual_seed(derive_seed(seed, index, "noise"))
+        if noise_generator is not generator:
+            noise_generator.manual_seed(derive_seed(seed, index, "noise", 0))
         loss = diffusion.loss(with_extras, x0, t, context, mask, noise_generator).mean()
 
         # The optimizer step along the clipped gradient, and the moving average of the weights.
