@@ -8,24 +8,23 @@ operations count more than FLOPs. Measured are
                     and diffusers' with the same weights
     UNet sampling   a step of guided sampling with these two, for half as many images
 
-Columns: `operations` are those that PyTorch starts, without changes of shape and allocations. On a
-GPU `launches` are the calls that start a kernel, `busy` is the union of all kernels' times over the
-time of the step, and `waits` are the moments at which the CPU waits for the GPU. The columns of
-time are medians of steps in turns. On a CPU only batches of 32 are measured.
+Columns: `ms` is the median of several steps, for which all take turns. `operations` are those that
+PyTorch starts, without views and allocations. On a GPU `launches` are the calls that start a
+kernel, `busy` is the fraction of the time in which a kernel runs, and `waits` counts how often the
+CPU waits for the GPU. On a CPU only batches of 32 are measured.
 """
 
 import argparse
-import collections
 import statistics
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from datasets.dishes import dish_names
 from easy_diffusion import presets
 from easy_diffusion.training.muon import Muon
+from easy_diffusion.training.operations import count_operations
 from easy_diffusion.training.trainer import train
 
 from .report import finish
@@ -33,30 +32,6 @@ from .unet import DEVICE, NETWORKS, build_pair, build_steps, measure_seconds
 
 BATCHES = (32, 256, 1024) if DEVICE == "cuda" else (32,)
 PATCHES = "64/128, 48×16×16, as the demo's patches"
-FREE = ("aten._unsafe_view", "aten.lift_fresh", "aten.empty", "aten.new_empty")
-
-
-class OperationCounter(TorchDispatchMode):
-    """Counts the operations of this thread that compute something: neither views nor memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = collections.Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view and not str(function).startswith(FREE):
-            self.counts[str(function)] += 1
-        return function(*args, **kwargs or {})
-
-
-def count_operations(function) -> int:
-    """Return how many operations function() takes.
-
-    PyTorch computes the backward pass on a GPU in a thread of its own. Here it is told not to.
-    """
-    with OperationCounter() as counter, torch.autograd.set_multithreading_enabled(False):
-        function()
-    return counter.counts.total()
 
 
 def profile_gpu(function) -> dict:
@@ -111,16 +86,19 @@ def measure(batch_size: int, rounds: int) -> list[dict]:
     for (whose, kind), function in unet_steps.items():
         functions["UNet training" if kind == "train" else "UNet sampling", whose] = function
 
+    def warm_up(step, whose):
+        """Choose the module's mode, and fill its caches, which a training step invalidates."""
+        modules[whose].train("training" in step)
+        functions[step, whose]()
+
     seconds = {key: [] for key in functions}
     for _ in tqdm(range(rounds + 1), desc=f"batch {batch_size}", unit="round"):
-        for (step, whose), function in functions.items():
-            modules[whose].train("training" in step)
-            function()          # caches are filled again after a training step
-            seconds[step, whose].append(measure_seconds(function))
+        for key, function in functions.items():
+            warm_up(*key)
+            seconds[key].append(measure_seconds(function))
     rows = []
     for (step, whose), function in functions.items():
-        modules[whose].train("training" in step)
-        function()
+        warm_up(step, whose)
         ms = 1000 * statistics.median(seconds[step, whose][1:])
         images = batch_size if "training" in step else batch_size // 2
         rows.append({
@@ -129,7 +107,7 @@ def measure(batch_size: int, rounds: int) -> list[dict]:
             "batch": batch_size,
             "ms": ms,
             "images/s": 1000 * images / ms,
-            "operations": count_operations(function),
+            "operations": count_operations(function).total(),
         })
         if DEVICE == "cuda":
             rows[-1] |= profile_gpu(function)
@@ -145,7 +123,7 @@ def count_muon_operations() -> int:
         matrix.grad = torch.ones_like(matrix)
     optimizer = Muon(matrices)
     optimizer.step()            # creates the momenta
-    return count_operations(optimizer.step)
+    return count_operations(optimizer.step).total()
 
 
 def count_graph_breaks() -> int:

@@ -51,7 +51,7 @@ LATENT_SIZE = 128       # the same for a network that is trained on latents
 DISHES = 20_000         # drawn dishes to train on
 BATCH = 32              # images per training step
 LATENT_BATCH = 64       # latents per training step; a latent is smaller than an image
-GPU_BATCH = 512         # images or latents per training step on a GPU, which is idle with fewer
+GPU_BATCH = 512         # images or latents per step on a GPU; smaller batches leave it idle
 TRAINING = dict(
     learning_rate=2e-3,
     muon_learning_rate=3e-3,
@@ -130,7 +130,7 @@ def train_demo(
 
     store: a dataset of images, or a LatentLmdb.
     checkpoint: file to save to and to resume from; None: neither.
-    batch_size: images or latents per step; None: `default_batch_size`.
+    batch_size: images or latents per step; None: `default_batch_size`, at most the whole store.
     changes: arguments of `train` that replace those of TRAINING.
     """
     if batch_size is None:

@@ -202,12 +202,12 @@ class NoiseSchedule:
 
 
 class TimestepTable:
-    """A function of the timestep as a table: T values, from which a batch takes those of its t.
+    """A quantity that depends on the timestep, such as alpha_t, to be looked up for a batch of t.
 
-    values: float64 [T] on the CPU.
+    values: its values at all T timesteps, float64 [T] on the CPU.
 
-    A copy for each other device and dtype is made at its first use and kept, so that a step on a
-    GPU need not wait for the CPU.
+    The copy for a device and a dtype is made at its first use and kept, so that later lookups on a
+    GPU transfer nothing.
     """
 
     def __init__(self, values: torch.Tensor):
@@ -226,8 +226,8 @@ class TimestepTable:
 def check_timesteps(t: torch.Tensor, num_timesteps: int) -> None:
     """Raise ValueError unless t [B] holds integers from 0 to num_timesteps - 1.
 
-    The range is checked on the CPU only. A GPU would have to be waited for; there a t that is too
-    large is an error of the device.
+    The range is checked for a t on the CPU only, and not under torch.compile: on a GPU the check
+    would be a synchronization. There CUDA reports an index that is out of range.
     """
     on_cpu = t.device.type == "cpu" and not torch.compiler.is_compiling()
     if t.is_floating_point() or (on_cpu and (t.min() < 0 or t.max() >= num_timesteps)):

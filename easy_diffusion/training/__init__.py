@@ -15,7 +15,8 @@ The files, in reading order:
     loss_history.py        all losses, smoothed, and of each quarter of the noise schedule
     health.py              non-finite losses and spikes: skip, roll back, give up
     memory.py              out of memory: micro-batches; the largest batch that fits
-    distributed.py         what several processes exchange; the precision that is fast
+    operations.py          the operations of a step, counted by name
+    distributed.py         what processes exchange; the fastest precision; a check of the GPU
     checkpoint.py          the state of a training in a safetensors file, written atomically
     progress.py            progress bar, CSV log, curves, TensorBoard
     train_autoencoder.py   training an autoencoder
@@ -154,9 +155,9 @@ __all__ = [
     "autocast",
     "average_gradients",
     "broadcast_parameters",
-    "check_gpu",
     "build_optimizers",
     "catch_out_of_memory",
+    "check_gpu",
     "clip_grad_norm",
     "compute_grad_norm",
     "compute_recall",

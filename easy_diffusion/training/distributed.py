@@ -1,4 +1,4 @@
-"""What several training processes exchange, and the precision that the hardware computes fast.
+"""What training processes exchange, the fastest precision, and whether PyTorch fits the GPU.
 
 W processes train one model. Each computes the gradient g_k of its own part of the batch; the
 optimizer steps along their mean, so W processes learn like one with a batch W times as large:
@@ -24,8 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 
-# ---------------------------------------------------------------- precision
-
+# ---------------------------------------------------------------- precision and GPU
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
@@ -62,10 +61,12 @@ def default_accelerator() -> Accelerator:
 
 
 def check_gpu() -> None:
-    """End the program, with a sentence, if this build of PyTorch has no kernels for the GPU.
+    """Exit with a message if this build of PyTorch has no kernels for the GPU.
 
-    Kernels for sm_XY run on GPUs of compute capability X.Y and, within the same X, above it. Those
-    for compute_XY are compiled when they are loaded, for any GPU from X.Y on.
+    Binary code for sm_XY runs on GPUs of compute capability X.Y up to the end of the series X.
+    Code for compute_XY (PTX) is compiled when it is loaded, for any GPU from X.Y on.
+
+    Raises SystemExit.
     """
     if not torch.cuda.is_available() or torch.version.hip:
         return
@@ -77,18 +78,18 @@ def check_gpu() -> None:
         if built_for <= capability and (kind == "compute" or built_for[0] == capability[0]):
             return
     if capability < (7, 0):
-        way_out = (
+        advice = (
             "install a build for CUDA 12.6, of PyTorch 2.14 at most, from PyTorch's own index: "
             "https://download.pytorch.org/whl/cu126"
         )
     elif capability < (7, 5):
-        way_out = "install requirements-volta.txt in its place"
+        advice = "install requirements-volta.txt in its place"
     else:
-        way_out = "install a newer PyTorch"
+        advice = "install a newer PyTorch"
     raise SystemExit(
         f"PyTorch {torch.__version__} has kernels for {', '.join(architectures)}, but none for "
         f"{torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, capability))}: "
-        f"{way_out}; or set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
+        f"{advice}; or set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
     )
 
 

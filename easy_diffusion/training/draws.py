@@ -55,9 +55,9 @@ class StepDraws:
         self.noise_generator = self.generator if on_cpu else torch.Generator(device)
 
     def start_step(self, index: int, batch: Batch) -> tuple[torch.Tensor, list]:
-        """Return the timesteps [B], on the CPU, and the captions, some of them dropped, of a step.
+        """Return the timesteps [B], on the CPU, and the captions, some of them dropped.
 
-        index: of the step. It also seeds `noise_generator`, where this process's noise begins.
+        index: of the step. `noise_generator` is left where this process's noise begins.
         """
         generator = self.generator
         count = len(batch.images)
@@ -71,11 +71,11 @@ class StepDraws:
         dropped = torch.rand(total, generator=generator)[own_part]
         dropped = (dropped < self.caption_dropout).tolist()
         captions = [self.uncond if drop else c for c, drop in zip(batch.captions, dropped)]
-        self.seed_noise(index, batch.images.shape)
+        self.move_to_own_noise(index, batch.images.shape)
         return t, captions
 
-    def seed_noise(self, index: int, shape) -> None:
-        """Seed `noise_generator` for this process; shape: [B, C, H, W] of its batch."""
+    def move_to_own_noise(self, index: int, shape) -> None:
+        """Move `noise_generator` to this process's noise; shape: [B, C, H, W] of its batch."""
         if self.noise_generator is self.generator:
             # Draw the noise of the processes before and drop it: only the position matters.
             torch.randn(self.rank * shape[0], *shape[1:], generator=self.generator)

@@ -23,12 +23,12 @@ import torch
 
 
 class EMA:
-    """Keeps the average of a model's weights in another module.
+    """The moving average of a model's weights, kept in another module of the same kind.
 
     ema_model, model: modules with the same parameters and buffers in the same order.
     decay: upper limit of d_i, in [0, 1); larger is slower.
 
-    The lists of all tensors are made once, because a search for them takes as long as the update.
+    It collects the tensors of both modules once: collecting them takes as long as an update.
     """
 
     def __init__(self, ema_model, model, decay: float):
@@ -50,5 +50,5 @@ class EMA:
 
 
 def update_ema(ema_model, model, index: int, decay: float) -> None:
-    """Update the average once; see `EMA`."""
+    """Update the averaged weights of step `index` without an EMA object; arguments as there."""
     EMA(ema_model, model, decay).update(index)

@@ -87,6 +87,18 @@ def clip_grad_norm(parameters, norm: float, max_norm: float) -> None:
         torch._foreach_mul_(gradients, scale.item())
 
 
+def is_fp16_overflow(loss: float, norm: float, scaler) -> bool:
+    """Return whether the scale of the loss, not the loss itself, made the gradient overflow.
+
+    loss: of the batch. norm: of its gradient. scaler: a torch.amp.GradScaler.
+
+    fp16 ends at 65504. The scale keeps small gradients above 0, but may lift large ones over that
+    end. Only while it is above 1 is there anything to lower: a gradient that is not finite at the
+    scale 1, that of every other precision, is the training's own fault.
+    """
+    return math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1
+
+
 def descend(
     loss: torch.Tensor, parameters, optimizers: list[tuple], clip: float, index: int, scaler=None
 ) -> float:
@@ -109,8 +121,8 @@ def descend(
         scaler.unscale_(optimizer)
     norm = compute_grad_norm(parameters)
     loss, norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
-    if math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1:
-        scaler.update()
+    if is_fp16_overflow(loss, norm, scaler):
+        scaler.update()         # it lowers the scale
         return loss
     if not (math.isfinite(loss) and math.isfinite(norm)):
         peaks = " and ".join(f"{peak:g}" for _, peak in optimizers)

@@ -77,6 +77,7 @@ def train_simple(
     models = torch.nn.ModuleList([network, encoder])        # an encoder of None stays in it
     ema_models = copy.deepcopy(models).requires_grad_(False).eval()
     device = next(network.parameters()).device
+    # The CPU draws timesteps and dropped captions; the device draws the noise.
     generator = torch.Generator()
     noise_generator = generator if device.type == "cpu" else torch.Generator(device)
     for index, batch in zip(range(steps), infinite_batches(loader)):

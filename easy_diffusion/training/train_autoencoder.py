@@ -42,7 +42,7 @@ from .checkpoint import load_newest_checkpoint, save_or_warn
 from .clock import TrainingClock
 from .data_loader import infinite_batches, normalize_pixels, prepare_loader, unpack_batch
 from .distributed import default_accelerator, warn_on_main_process
-from .ema import update_ema
+from .ema import EMA
 from .optimizers import build_optimizers, descend, set_learning_rates
 from .options import AutoencoderOptions, replace_options
 
@@ -100,6 +100,7 @@ class AutoencoderTrainer:
         ema_autoencoder = copy.deepcopy(autoencoder).requires_grad_(False).eval().to(self.device)
         self.models = {"autoencoder": autoencoder, "ema": ema_autoencoder}
         self.autoencoder = self.accelerator.prepare(autoencoder)
+        self.ema = EMA(ema_autoencoder, autoencoder, options.optimizer.ema)
         self.optimizers = build_optimizers(
             list(autoencoder.parameters()),
             options.optimizer.learning_rate,
@@ -135,8 +136,7 @@ class AutoencoderTrainer:
             loss = self.update_autoencoder(loss)
             if "adversarial" in terms:
                 terms["discriminator"] = self.update_discriminator(x, y.detach())
-            ema = self.options.optimizer.ema
-            update_ema(self.models["ema"], self.models["autoencoder"], self.clock.index, ema)
+            self.ema.update(self.clock.index)
 
             # Save, and yield the step. The caller's time is not training time.
             self.clock.tick(len(x))
@@ -268,8 +268,7 @@ def train_autoencoder(autoencoder, loader, **options) -> Iterator[AutoencoderSte
 
     The training ends after `steps` steps or `minutes` minutes, whichever comes first. What the
     caller does between two steps does not count as training time. Training runs in one process. A
-    finished training yields no step; its result is in the checkpoint,
-    under ["models"]["ema"].
+    finished training yields no step; its result is in the checkpoint, under ["models"]["ema"].
 
     autoencoder: an Autoencoder; its weights are trained in place.
     loader: (images uint8 [B, C, H, W], captions) batches; it is iterated over repeatedly.

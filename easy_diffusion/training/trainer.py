@@ -31,7 +31,6 @@ training_step.py.
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -57,7 +56,7 @@ from .ema import EMA
 from .health import TrainingHealth, explain_failure
 from .loss_history import LossHistory
 from .memory import MicroBatches, catch_out_of_memory
-from .optimizers import OptimizerPhases, clip_grad_norm, compute_grad_norm
+from .optimizers import OptimizerPhases, clip_grad_norm, compute_grad_norm, is_fp16_overflow
 from .options import TrainingOptions, replace_options
 from .training_step import TrainingStep
 
@@ -225,9 +224,7 @@ class Trainer:
         for optimizer in self.optimizers.current:
             self.scaler.unscale_(optimizer)
 
-    def reduce(
-        self, losses: BatchLosses
-    ) -> tuple[float, float, torch.Tensor, float | None]:
+    def reduce(self, losses: BatchLosses) -> tuple[float, float, torch.Tensor, float | None]:
         """Return loss, gradient norm, losses of this process's images and the time in seconds.
 
         Loss, norm and time are those of all processes. One copy brings all values to the CPU; it is
@@ -254,18 +251,9 @@ class Trainer:
 
     def check_health(self, loss: float, norm: float) -> str:
         """Return why the step must be skipped; "" for a good step."""
-        if self.is_fp16_overflow(loss, norm):
+        if is_fp16_overflow(loss, norm, self.scaler):
             return FP16_OVERFLOW
         return self.health.check(loss, norm, self.history.losses)
-
-    def is_fp16_overflow(self, loss: float, norm: float) -> bool:
-        """Return whether the scale of the loss, not the loss itself, made the gradient overflow.
-
-        fp16 ends at 65504. The scale keeps small gradients above 0, but may lift large ones over
-        that end. Only while it is above 1 is there anything to lower: a gradient that is not
-        finite at the scale 1, that of every other precision, is the training's own fault.
-        """
-        return math.isfinite(loss) and not math.isfinite(norm) and self.scaler.get_scale() > 1
 
     def update(
         self, index: int, loss: float, norm: float, image_losses: torch.Tensor, t: torch.Tensor

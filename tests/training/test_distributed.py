@@ -1,5 +1,43 @@
-from easy_diffusion.training.distributed import fast_precision
+import pytest
+import torch
+
+from easy_diffusion.training.distributed import check_gpu, fast_precision
 
 
 def test_fast_precision_is_one_that_accelerate_knows():
     assert fast_precision() in ("bf16", "no")
+
+
+@pytest.mark.parametrize(
+    "name, capability, advice",
+    [
+        ("Tesla V100-SXM2-16GB", (7, 0), "install requirements-volta.txt"),
+        ("NVIDIA GeForce GTX 1080", (6, 1), "https://download.pytorch.org/whl/cu126"),
+        ("a later GPU", (13, 0), "install a newer PyTorch"),
+    ],
+)
+def test_a_gpu_without_kernels_ends_the_program_with_one_sentence(
+    monkeypatch, name, capability, advice
+):
+    pretend_gpu(monkeypatch, name, capability, ["sm_75", "sm_80", "sm_90a", "sm_120"])
+    with pytest.raises(SystemExit, match=advice) as error:
+        check_gpu()
+    assert name in str(error.value)
+    assert torch.__version__ in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "capability, architectures",
+    [((7, 5), ["sm_75"]), ((8, 9), ["sm_80"]), ((9, 0), ["sm_90a"]), ((13, 0), ["compute_120"])],
+)
+def test_a_gpu_with_kernels_passes(monkeypatch, capability, architectures):
+    pretend_gpu(monkeypatch, "a GPU", capability, architectures)
+    check_gpu()
+
+
+def pretend_gpu(monkeypatch, name, capability, architectures):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)

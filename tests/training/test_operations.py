@@ -1,6 +1,5 @@
 """What a training step costs besides arithmetic: operations, graph breaks, waiting for the GPU."""
 
-import collections
 import traceback
 from pathlib import Path
 
@@ -13,27 +12,8 @@ from datasets.dishes import dish_names
 from easy_diffusion import presets
 from easy_diffusion.training.distributed import fast_precision
 from easy_diffusion.training.muon import Muon
+from easy_diffusion.training.operations import count_operations
 from easy_diffusion.training.trainer import train
-
-# Operations that compute nothing: they change a tensor's shape, or allocate memory.
-FREE = ("aten._unsafe_view", "aten.lift_fresh", "aten.empty", "aten.new_empty")
-
-
-class Counter(TorchDispatchMode):
-    """Counts the operations inside a `with` block, each of which a GPU would have to launch."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = collections.Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view and not str(function).startswith(FREE):
-            self.counts[str(function)] += 1
-        return function(*args, **kwargs or {})
-
-    @property
-    def total(self) -> int:
-        return self.counts.total()
 
 
 def build_networks():
@@ -56,9 +36,8 @@ def start_training(**options):
 
 def test_a_training_step_takes_at_most_2200_operations():
     steps = start_training()
-    with Counter() as counter:
-        next(steps)
-    assert counter.total <= 2200, counter.counts.most_common(20)
+    operations = count_operations(lambda: next(steps))
+    assert operations.total() <= 2200, operations.most_common(20)
 
 
 def test_a_step_of_muon_takes_at_most_500_operations():
@@ -69,9 +48,8 @@ def test_a_step_of_muon_takes_at_most_500_operations():
         matrix.grad = torch.ones_like(matrix)
     optimizer = Muon(matrices)
     optimizer.step()
-    with Counter() as counter:
-        optimizer.step()
-    assert counter.total <= 500, counter.counts.most_common(20)
+    operations = count_operations(optimizer.step)
+    assert operations.total() <= 500, operations.most_common(20)
 
 
 @pytest.mark.parametrize("part", ["network", "loss", "encoder"])
