@@ -9,8 +9,8 @@ other options:
 train_model.py is the command. train_setup.py builds the dataset and the networks from the options.
 
 >>> options = parse_options(["--channels", "32", "64", "--steps", "1000"])
->>> options.channels, options.steps, options.minutes, options.batch_size
-([32, 64], 1000, 0, 32)
+>>> options.channels, options.steps, options.minutes
+([32, 64], 1000, 0)
 >>> parse_options(["--prediction-type", "eps"]).loss_weight
 'none'
 """
@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from .presets import BATCH, DISHES, SIZE
+from .presets import BATCH, DISHES, GPU_BATCH, SIZE
 from .train_setup import LOSS_WEIGHTS, TIMESTEPS
 from .training.distributed import fast_precision
 
 MINUTES = 2.5 if torch.cuda.is_available() else 10.0
+BATCH_SIZE = "auto" if torch.cuda.is_available() else BATCH
 
 
 class HelpFormatter(
@@ -176,9 +177,9 @@ def add_training_options(group) -> None:
         help="largest number of training steps",
     )
     group.add_argument(
-        "--batch-size", type=parse_batch_size, default=BATCH,
-        help="images per step and process; auto finds the largest power of two, at most 1024, "
-        "that fits into memory",
+        "--batch-size", type=parse_batch_size, default=BATCH_SIZE,
+        help="images per step and process; auto, the default with a GPU, finds the largest power "
+        f"of two, at most {GPU_BATCH}, that fits into memory",
     )
     group.add_argument(
         "--micro-batches", type=int, default=1,
@@ -195,7 +196,8 @@ def add_training_options(group) -> None:
     )
     group.add_argument(
         "--precision", choices=("no", "bf16", "fp16"), default=fast_precision(),
-        help="mixed precision of the network: bfloat16, float16, or none (float32)",
+        help="mixed precision of the network: bfloat16, float16 with a gradient scaler, or none "
+        "(float32); the default is the fastest on this device",
     )
     group.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False,

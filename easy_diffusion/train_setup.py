@@ -51,7 +51,7 @@ from .networks.autoencoder import load_autoencoder
 from .networks.text_encoder import CharacterEncoder, CnClipEncoder
 from .networks.unet import UNet
 from .networks.weights_io import load_weights
-from .presets import prepare_dishes
+from .presets import GPU_BATCH, prepare_dishes
 from .training.checkpoint import load_checkpoint, load_newest_checkpoint
 from .training.distributed import any_rank
 from .training.memory import find_largest_batch, run_unsplit
@@ -166,8 +166,8 @@ def build_network(options, shape: tuple, encoder) -> tuple:
 def find_batch_size(options, dataset, captions: list[str], encoder, accelerator) -> int:
     """Find the value of --batch-size auto.
 
-    A resumed run keeps its batch size. A new run takes the largest power of two for which a
-    training step fits into the memory of every process.
+    A resumed run keeps its batch size. A new run takes the largest power of two, at most GPU_BATCH,
+    for which a training step fits into the memory of every process.
     """
     checkpoint = options.out / "model.safetensors"
     if checkpoint.exists():
@@ -195,7 +195,7 @@ def find_batch_size(options, dataset, captions: list[str], encoder, accelerator)
     def all_processes(fits: bool) -> bool:
         return not any_rank(accelerator, not fits)
 
-    largest = find_largest_batch(try_batch_size, all_agree=all_processes)
+    largest = find_largest_batch(try_batch_size, GPU_BATCH, all_processes)
     images_per_process = len(dataset) // accelerator.num_processes
     largest_power_of_two = 2 ** (images_per_process.bit_length() - 1)
     return min(largest, largest_power_of_two)

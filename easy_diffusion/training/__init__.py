@@ -15,6 +15,7 @@ The files, in reading order:
     loss_history.py        all losses, smoothed, and of each quarter of the noise schedule
     health.py              non-finite losses and spikes: skip, roll back, give up
     memory.py              out of memory: micro-batches; the largest batch that fits
+    weight_casts.py        mixed precision with a single cast of all weights
     operations.py          the operations of a step, counted by name
     distributed.py         what processes exchange; the fastest precision; a check of the GPU
     checkpoint.py          the state of a training in a safetensors file, written atomically
@@ -120,6 +121,7 @@ from .train_autoencoder import (
 )
 from .trainer import Trainer, train
 from .training_step import TrainingStep
+from .weight_casts import WeightCasts
 
 __all__ = [
     "EMA",
@@ -150,6 +152,7 @@ __all__ = [
     "TrainingHealth",
     "TrainingOptions",
     "TrainingStep",
+    "WeightCasts",
     "adaptive_weight",
     "any_rank",
     "autocast",

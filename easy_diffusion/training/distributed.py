@@ -60,6 +60,11 @@ def default_accelerator() -> Accelerator:
     return Accelerator(mixed_precision=None if exists else fast_precision())
 
 
+def compute_dtype(accelerator) -> torch.dtype:
+    """The dtype in which `accelerator.autocast()` computes."""
+    return DTYPES.get(accelerator.mixed_precision, torch.float32)
+
+
 def check_gpu() -> None:
     """Exit with a message if this build of PyTorch has no kernels for the GPU.
 

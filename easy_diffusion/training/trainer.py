@@ -15,8 +15,8 @@ CPU bit for bit, unless its length is given in minutes; see draws.py.
 
 accelerate handles the device, the precision and the communication. The file needs torch,
 accelerate, safetensors, psutil, the folders diffusion/ and networks/ and, beside it, all files that
-are named here and data_loader.py, draws.py, ema.py, loss_history.py, muon.py, options.py and
-training_step.py.
+are named here and data_loader.py, draws.py, ema.py, loss_history.py, muon.py, options.py,
+training_step.py and weight_casts.py.
 
 >>> from ..diffusion.gaussian import GaussianDiffusion
 >>> from ..diffusion.schedule import NoiseSchedule
@@ -46,6 +46,7 @@ from .distributed import (
     average_gradients,
     broadcast_parameters,
     check_same_step,
+    compute_dtype,
     default_accelerator,
     gather,
     reduce_metrics,
@@ -59,6 +60,7 @@ from .memory import MicroBatches, catch_out_of_memory
 from .optimizers import OptimizerPhases, clip_grad_norm, compute_grad_norm, is_fp16_overflow
 from .options import TrainingOptions, replace_options
 from .training_step import TrainingStep
+from .weight_casts import WeightCasts
 
 # Why a step is skipped whose gradient overflows in fp16, which is no fault of the training.
 FP16_OVERFLOW = "the gradient overflows in fp16"
@@ -107,6 +109,9 @@ class Trainer:
         self.ema = EMA(self.ema_models, self.models, options.optimizer.ema)
         self.parameters = [weight for weight in self.models.parameters() if weight.requires_grad]
         self.optimizers = OptimizerPhases(self.parameters, options.optimizer, options.plateau)
+        # torch.compile needs no help to cast all weights at once.
+        dtype = torch.float32 if options.compile else compute_dtype(self.accelerator)
+        self.weight_casts = WeightCasts(self.models, dtype)
 
         # What draws, counts and judges.
         run, safety = options.run, options.safety
@@ -192,7 +197,7 @@ class Trainer:
             weights = self.options.timesteps.weights(t).to(self.device, non_blocking=True)
 
         losses = []
-        with self.draws.dropout_rng(index):
+        with self.draws.dropout_rng(index), self.weight_casts.apply():
             for part in self.micro_batches.slices(len(t)):
                 extras = {name: extra[part] for name, extra in batch.extras.items()}
                 loss = self.compute_losses(batch.images[part], captions[part], extras, t[part])

@@ -34,10 +34,10 @@ def start_training(**options):
     return steps
 
 
-def test_a_training_step_takes_at_most_2200_operations():
+def test_a_training_step_takes_at_most_2000_operations():
     steps = start_training()
     operations = count_operations(lambda: next(steps))
-    assert operations.total() <= 2200, operations.most_common(20)
+    assert operations.total() <= 2000, operations.most_common(20)
 
 
 def test_a_step_of_muon_takes_at_most_500_operations():
