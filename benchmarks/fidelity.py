@@ -88,7 +88,7 @@ def parse_options() -> argparse.Namespace:
         help="run every part for a few seconds; the figures are not saved",
     )
     parser.add_argument(
-        "--minutes", type=float, default=2.5 if torch.cuda.is_available() else 10.0,
+        "--minutes", type=float, default=presets.default_minutes(),
         help="training time of the diffusion network in minutes",
     )
     parser.add_argument(
@@ -133,8 +133,8 @@ def main():
     network, encoder, diffusion = presets.build_networks("".join(dish_names("train")))
     rows = []
 
-    def measure(network, encoder, seconds, steps, loss):
-        row = {"minutes": round(seconds / 60, 2), "images": steps * presets.BATCH, "loss": loss}
+    def measure(network, encoder, seconds, steps, batch_size, loss):
+        row = {"minutes": round(seconds / 60, 2), "images": steps * batch_size, "loss": loss}
         for split in names:
             row[f"{split}_fidelity"] = measure_fidelity(
                 classifier, network, encoder, diffusion, names[split], size
@@ -146,10 +146,15 @@ def main():
         saved = load_checkpoint(options.checkpoint)
         load_ema_weights(network, encoder, diffusion, saved)
         loss = fmean(saved["losses"][-100:])
-        measure(network, encoder, saved["seconds"], saved["index"], loss)
+        measure(
+            network, encoder, saved["seconds"], saved["index"], saved["images_per_step"], loss
+        )
     else:
         measure_at = [0.5, 1.0]         # progress of the training
-        training = presets.train_demo(network, encoder, diffusion, store, None, minutes)
+        batch_size = min(presets.default_batch_size(latent=False), len(store))
+        training = presets.train_demo(
+            network, encoder, diffusion, store, None, minutes, batch_size
+        )
         progress_bar = tqdm(training, desc="training", unit="step")
         for step in progress_bar:
             progress_bar.set_postfix_str(
@@ -160,7 +165,7 @@ def main():
             if step.progress >= measure_at[0]:
                 measure_at.pop(0)
                 measure(
-                    step.ema_network, step.ema_encoder, step.seconds, step.index + 1,
+                    step.ema_network, step.ema_encoder, step.seconds, step.index + 1, batch_size,
                     step.smooth_loss,
                 )
 

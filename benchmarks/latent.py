@@ -102,7 +102,7 @@ def parse_options() -> argparse.Namespace:
         help="run every part for a few seconds; the figures are not saved",
     )
     parser.add_argument(
-        "--minutes", type=float, default=2.5 if torch.cuda.is_available() else 10.0,
+        "--minutes", type=float, default=presets.default_minutes(),
         help="time of each training in minutes",
     )
     parser.add_argument(

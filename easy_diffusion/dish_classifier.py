@@ -14,6 +14,7 @@ The training takes minutes. An interrupted training starts again.
 ((4, 3, 32, 32), torch.uint8, 4)
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def draw_dishes(
 
 def load_whole_dataset(dataset) -> tuple[torch.Tensor, list[str]]:
     """Load all items of a dataset of (image, caption): (images uint8 [N, 3, H, W], captions)."""
-    batches = list(torch.utils.data.DataLoader(dataset, 100, num_workers=2))
+    workers = min(8, os.cpu_count() or 1)
+    batches = list(torch.utils.data.DataLoader(dataset, 100, num_workers=workers))
     images = torch.cat([images for images, _ in batches])
     captions = [caption for _, captions in batches for caption in captions]
     return images, captions

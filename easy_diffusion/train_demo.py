@@ -51,6 +51,7 @@ from .presets import (
     SIZE,
     build_networks,
     default_batch_size,
+    default_minutes,
     describe_training,
     prepare_dishes,
     prepare_latents,
@@ -75,9 +76,8 @@ def parse_options(arguments) -> argparse.Namespace:
         description="Train the demo's models from scratch on drawn dishes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    minutes = 2.5 if torch.cuda.is_available() else 10.0
     parser.add_argument(
-        "--minutes", type=float, default=minutes,
+        "--minutes", type=float, default=default_minutes(),
         help="training time of the network in minutes; a finished training is not repeated",
     )
     parser.add_argument(

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from .presets import BATCH, DISHES, GPU_BATCH, SIZE
+from .presets import BATCH, DISHES, GPU_BATCH, SIZE, default_minutes
 from .train_setup import LOSS_WEIGHTS, TIMESTEPS
 from .training.distributed import fast_precision
 
-MINUTES = 2.5 if torch.cuda.is_available() else 10.0
+MINUTES = default_minutes()
 BATCH_SIZE = "auto" if torch.cuda.is_available() else BATCH
 
 
