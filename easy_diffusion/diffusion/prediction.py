@@ -168,11 +168,13 @@ def eps_from_x0(x0, x_t, t, schedule) -> torch.Tensor:
 def normal_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> torch.Tensor:
     """Standard normal noise of a shape, on a device.
 
-    It is generated on the generator's device and then moved. With a generator on the CPU a seed
-    gives the same noise on every device.
+    It is drawn on the generator's device, in float32 or higher precision, and then moved. With a
+    generator on the CPU a seed gives the same noise on every device and in every precision.
     """
     source = generator.device if generator is not None else device
-    return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+    precise = torch.promote_types(dtype, torch.float32)
+    noise = torch.randn(shape, generator=generator, device=source, dtype=precise)
+    return noise.to(device, dtype)
 
 
 def broadcast_like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

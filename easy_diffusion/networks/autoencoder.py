@@ -44,12 +44,12 @@ class Posterior(NamedTuple):
     log_variance: torch.Tensor
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw z ~ q, [B, Z, h, w]; eps is drawn on the generator's device and then moved."""
+        """Draw z ~ q, [B, Z, h, w]; eps is drawn on the generator's device, in float32 or higher
+        precision, and then moved, so that a seed gives the same eps in every precision."""
         device = generator.device if generator is not None else self.mean.device
-        eps = torch.randn(
-            self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
-        )
-        eps = eps.to(self.mean.device)
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        eps = torch.randn(self.mean.shape, generator=generator, device=device, dtype=dtype)
+        eps = eps.to(self.mean)
         return self.mean + torch.exp(self.log_variance / 2) * eps
 
     def kl(self) -> torch.Tensor:

@@ -61,8 +61,12 @@ def default_accelerator() -> Accelerator:
 
 
 def compute_dtype(accelerator) -> torch.dtype:
-    """The dtype in which `accelerator.autocast()` computes."""
-    return DTYPES.get(accelerator.mixed_precision, torch.float32)
+    """The dtype in which layers compute under `accelerator.autocast()`."""
+    device_type = accelerator.device.type
+    with accelerator.autocast():
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+    return torch.float32
 
 
 def check_gpu() -> None:

@@ -8,7 +8,7 @@ import torch
 from easy_diffusion.diffusion.flow_matching import RectifiedFlow
 from easy_diffusion.diffusion.gaussian import GaussianDiffusion
 from easy_diffusion.diffusion.guidance import guided
-from easy_diffusion.diffusion.prediction import Denoiser, check_output
+from easy_diffusion.diffusion.prediction import Denoiser, check_output, normal_noise
 from easy_diffusion.diffusion.samplers import ddim
 from easy_diffusion.diffusion.schedule import NoiseSchedule
 from easy_diffusion.diffusion.score_sde import VarianceExploding
@@ -96,3 +96,14 @@ def test_an_extra_that_is_bound_by_name_reaches_the_network_in_training_and_in_s
     )
     *_, last = ddim(denoise, COSINE, shape=(2, 3, 8, 8), steps=3)
     torch.testing.assert_close(last.x, control, rtol=0, atol=1e-6)
+
+
+def test_a_seed_gives_the_same_noise_in_every_precision():
+    """But for rounding. PyTorch itself draws other values in bfloat16 before 2.15."""
+    def draw(dtype):
+        return normal_noise((4, 64), torch.Generator().manual_seed(0), dtype=dtype)
+
+    noise = draw(torch.float32)
+    assert torch.equal(draw(torch.bfloat16), noise.bfloat16())
+    assert torch.equal(draw(torch.float16), noise.half())
+    assert draw(torch.float64).dtype == torch.float64

@@ -36,6 +36,9 @@ def test_samples_have_the_posteriors_mean_and_std_and_depend_only_on_the_seed():
     assert float(z.mean()) == pytest.approx(0.7, abs=0.01)
     assert float(z.std()) == pytest.approx(0.6065, abs=0.01)
     assert torch.equal(z, posterior.sample(torch.Generator().manual_seed(0)))
+    half = Posterior(torch.zeros(shape).bfloat16(), torch.zeros(shape).bfloat16())
+    eps = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(half.sample(torch.Generator().manual_seed(0)), eps.bfloat16())
 
 
 def test_every_weight_has_a_gradient():

@@ -1,12 +1,24 @@
 import pytest
 import torch
-from accelerate.utils import PrecisionType
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs, PrecisionType
 
-from easy_diffusion.training.distributed import check_gpu, fast_precision
+from easy_diffusion.training.distributed import check_gpu, compute_dtype, fast_precision
 
 
 def test_fast_precision_is_one_that_accelerate_knows():
     assert fast_precision() in PrecisionType.list()
+
+
+def test_compute_dtype_is_that_of_autocast():
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    assert compute_dtype(accelerator) == torch.bfloat16
+    disabled = AutocastKwargs(enabled=False)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", kwargs_handlers=[disabled])
+    assert compute_dtype(accelerator) == torch.float32
+    AcceleratorState._reset_state()
+    assert compute_dtype(Accelerator(cpu=True, mixed_precision="no")) == torch.float32
 
 
 @pytest.mark.parametrize(
