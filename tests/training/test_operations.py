@@ -111,18 +111,6 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch):
     assert reads.count(("trainer.py", "reduce")) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_reports_one_synchronization_in_a_step():
-    steps = start_training()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with pytest.warns(UserWarning, match="synchroniz") as warnings:
-            next(steps)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in warnings if "synchroniz" in str(w.message)]) == 1
-
-
 class FindBfloat16(TorchDispatchMode):
     """Collects the operations inside a `with` block whose result is in bfloat16."""
 
