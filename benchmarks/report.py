@@ -65,7 +65,7 @@ def finish(
     RESULTS.mkdir(exist_ok=True)
     suffix = ".gpu" if torch.cuda.is_available() else ""
     path = RESULTS / f"{name}{suffix}.json"
-    path.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    path.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
     write_readme()
 
 
@@ -79,7 +79,7 @@ def write_readme() -> None:
         "",
     ]
     for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text("utf-8"))
         lines += [f"## {path.stem}", ""]
         lines += [f"{result['date']}, {result['hardware']}, torch {result['torch']}", ""]
         lines += [format_table(result["rows"]), ""]
@@ -89,4 +89,4 @@ def write_readme() -> None:
         for title, rows in result.items():
             if title != "rows" and isinstance(rows, list):
                 lines += [f"### {title}", "", format_table(rows), ""]
-    (RESULTS.parent / "README.md").write_text("\n".join(lines))
+    (RESULTS.parent / "README.md").write_text("\n".join(lines), "utf-8")

@@ -3,7 +3,8 @@
 Our own files are safetensors. A file holds a *tree*: dicts and lists whose leaves are tensors,
 numbers, strings, booleans or None. The tensors become the tensors of the file. The rest of the tree
 becomes JSON in the header of the file, with {"tensor": name} in place of each tensor. A file can
-therefore hold the weights of a network together with the arguments that rebuild the network.
+therefore hold the weights of a network together with the arguments that rebuild the network. A
+checksum of the tensors, also in the header, is compared when the file is read.
 
 Weight files of other projects are either safetensors or pickles that `torch.save` wrote. A pickle
 can run code when it is loaded. Nothing here lets it: `read_tensors` uses
@@ -28,6 +29,7 @@ import os
 import pickle
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -55,8 +57,20 @@ def save_tree(path, tree) -> None:
 def write_tree(temporary: Path, tree) -> None:
     """Write a tree to the temporary path that `atomic_path` yields; errors as for `save_tree`."""
     tensors = {}
-    header = {HEADER: json.dumps(flatten_tree(tree, tensors), ensure_ascii=False)}
-    save_file(tensors, temporary, metadata=header)
+    header = {"tree": flatten_tree(tree, tensors), "checksum": compute_checksum(tensors)}
+    save_file(tensors, temporary, metadata={HEADER: json.dumps(header, ensure_ascii=False)})
+
+
+def compute_checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the CRC-32 of the bytes of all tensors, which are on the CPU, as hexadecimal digits.
+
+    A disk or a transfer that has changed some bytes is found; there is no defence against intent.
+    """
+    checksum = 0
+    for name in sorted(tensors):
+        content = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(content, checksum)
+    return f"{checksum:08x}"
 
 
 @contextlib.contextmanager
@@ -90,15 +104,23 @@ def load_tree(path, device="cpu"):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = (file.metadata() or {}).get(HEADER)
-            if header is None:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if HEADER not in metadata:
                 raise ValueError(
                     f"{path} is a safetensors file, but not one that easy_diffusion wrote"
                 )
-            return unflatten_tree(json.loads(header), file)
+            # Copies, so that the file does not stay mapped: Windows cannot replace a mapped file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    tree = json.loads(metadata[HEADER])
+    if isinstance(tree, dict) and "checksum" in tree:  # a file of an earlier version has none
+        if tree["checksum"] != compute_checksum(tensors):
+            raise ValueError(f"{path} is damaged: the checksum of its tensors is another one")
+        tree = tree["tree"]
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return unflatten_tree(tree, tensors)
 
 
 def flatten_tree(node, tensors: dict, name: str = ""):
@@ -130,14 +152,14 @@ def flatten_tree(node, tensors: dict, name: str = ""):
     )
 
 
-def unflatten_tree(node, file):
-    """The inverse of `flatten_tree`; `file` is an open safetensors file."""
+def unflatten_tree(node, tensors: dict):
+    """The inverse of `flatten_tree`."""
     if isinstance(node, list):
-        return [unflatten_tree(value, file) for value in node]
+        return [unflatten_tree(value, tensors) for value in node]
     if isinstance(node, dict) and "tensor" in node:
-        return file.get_tensor(node["tensor"])
+        return tensors[node["tensor"]]
     if isinstance(node, dict):
-        return {key: unflatten_tree(value, file) for key, value in node["dict"]}
+        return {key: unflatten_tree(value, tensors) for key, value in node["dict"]}
     return node
 
 
@@ -231,7 +253,8 @@ def read_tensors(path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"no weights at {path}")
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            # Copies, so that the file does not stay mapped.
+            state = {name: tensor.clone() for name, tensor in load_file(path).items()}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:

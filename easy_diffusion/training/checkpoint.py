@@ -24,6 +24,7 @@ needs torch, safetensors, the folder networks/ and, beside it, data_loader.py.
 ({'step': 8}, 7)
 """
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -126,17 +127,21 @@ def load_newest_checkpoint(path, device="cpu"):
         numbered = (Path(f"{path}.{i}") for i in itertools.count(1))
         previous = itertools.takewhile(Path.exists, numbered)
         for candidate in (*previous, Path(f"{path}.best")):
-            if is_intact(candidate):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                tree = load_checkpoint(candidate, device)
                 warnings.warn(
                     f"{error}; training resumes from an earlier checkpoint, {candidate}",
                     stacklevel=2,
                 )
-                return load_checkpoint(candidate, device)
+                return tree
         raise
 
 
 def is_intact(path) -> bool:
-    """Whether the file exists, is a safetensors file, and is as long as its header says."""
+    """Whether the file exists, is a safetensors file, and is as long as its header says.
+
+    The tensors are not read, so that their checksum is not compared.
+    """
     try:
         with safe_open(path, framework="pt"):
             return True

@@ -76,7 +76,7 @@ def load_cn_clip(
         model = create_model(f"{vision}@{text}").float()
     load_weights(model, state)
     config = Path(cn_clip.clip.__file__).parent / "model_configs" / f"{vision}.json"
-    model.input_resolution = json.loads(config.read_text())["image_resolution"]
+    model.input_resolution = json.loads(config.read_text("utf-8"))["image_resolution"]
     return model.eval()
 
 

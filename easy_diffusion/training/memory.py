@@ -19,7 +19,6 @@ True
 
 import gc
 import math
-import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -27,6 +26,11 @@ from pathlib import Path
 
 import psutil
 import torch
+
+try:
+    import resource
+except ImportError:                         # on Windows
+    resource = None
 
 # The note of a training step that ran out of memory and was split begins with this: of the notes
 # of a step, which "; " joins, it is the first.
@@ -38,12 +42,13 @@ def catch_out_of_memory(function: Callable, *arguments):
 
     In the second case the memory that it had taken is released. Other errors are raised.
     """
-    phrases = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    # On Linux and macOS; on Windows; of cuBLAS and cuDNN
+    phrases = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     try:
         return function(*arguments)
     except (torch.OutOfMemoryError, MemoryError):
         pass
-    except RuntimeError as error:           # what PyTorch raises on a CPU, and cuBLAS and cuDNN
+    except RuntimeError as error:           # what PyTorch raises on a CPU
         if not any(phrase in str(error) for phrase in phrases):
             raise
     # Only here, after the except clause, does the traceback no longer hold the tensors.
@@ -123,6 +128,9 @@ def free_memory() -> int:
 
 def peak_memory() -> int:
     """The most main memory, in bytes, that this process has used so far."""
+    if resource is None:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)         # only Windows has the first
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak    # bytes on macOS, else KiB
 

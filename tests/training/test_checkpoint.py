@@ -12,7 +12,7 @@ from easy_diffusion.diffusion.gaussian import GaussianDiffusion
 from easy_diffusion.diffusion.schedule import NoiseSchedule
 from easy_diffusion.networks.text_encoder import CharacterEncoder
 from easy_diffusion.networks.unet import UNet
-from easy_diffusion.networks.weights_io import load_weights
+from easy_diffusion.networks.weights_io import load_weights, read_tensors
 from easy_diffusion.training.checkpoint import (
     link_or_copy,
     load_checkpoint,
@@ -222,6 +222,31 @@ def test_a_truncated_checkpoint_is_replaced_by_the_previous_one_and_does_not_dis
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="a is damaged"):
         load_newest_checkpoint(tmp_path / "a")
+
+
+def test_random_bytes_inside_the_tensors_are_found_by_the_checksum(tmp_path):
+    """The file still has the right length and a readable header."""
+    for step in range(2):
+        tree = {"step": step, "weights": torch.zeros(10_000, dtype=torch.bfloat16)}
+        save_checkpoint(tmp_path / "a", tree, keep=2)
+    content = bytearray((tmp_path / "a").read_bytes())
+    content[-8000:-4000] = os.urandom(4000)
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match="a is damaged: the checksum"):
+        load_checkpoint(tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"a is damaged.*earlier checkpoint, .*a\.1"):
+        assert load_newest_checkpoint(tmp_path / "a")["step"] == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux lists the maps")
+def test_a_loaded_file_does_not_stay_mapped(tmp_path):
+    """Windows cannot replace a mapped file."""
+    path = tmp_path / "mapped.safetensors"
+    save_checkpoint(path, {"weights": torch.zeros(1000, 1000)})
+    for load in (load_checkpoint, read_tensors):
+        loaded = load(path)
+        assert path.name not in open("/proc/self/maps", encoding="utf-8").read()
+        assert loaded
 
 
 # ---------------------------------------------------------------- which network it belongs to

@@ -7,6 +7,7 @@ OUT_OF_MEMORY_ERRORS = (
     torch.OutOfMemoryError("CUDA out of memory"),
     MemoryError(),
     RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes."),
 )
 OTHER_ERRORS = (
     RuntimeError("shapes differ"),
