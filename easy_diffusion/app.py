@@ -24,6 +24,7 @@ from datasets.dishes import dish_names
 from .animation.camera import MOVES
 from .animation.film import FORMATS
 from .app_requests import SAMPLERS, SHOWN, Requests, gr
+from .command_line import run_command
 from .pretrained import WEIGHTS, find_sizes, load_model
 from .training.distributed import check_gpu
 
@@ -109,4 +110,4 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

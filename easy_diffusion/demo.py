@@ -40,6 +40,7 @@ from datasets.dishes import attributes
 
 from .animation.camera import MOVES
 from .animation.film import animate, mosaic, write_film
+from .command_line import check_writable, run_command
 from .demo_options import parse_options, read_mask
 from .files import write_atomically
 from .generate import generate_images, make_held_out_sheet, make_model_inpainter
@@ -91,6 +92,7 @@ def main(arguments=None) -> int:
     """Generate, animate; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
     check_gpu()
+    check_writable(options.out)
     start = time.perf_counter()
     load_chinese_font(12)       # raises here, rather than at the end, if there is no font
     pipeline = load_pipeline(options.sd, options.sd_config) if options.inpainter == "sd" else None
@@ -216,4 +218,4 @@ def write_mosaics(options, films: dict, moves) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "interrupted; the files that are already in --out are complete"))

@@ -18,6 +18,7 @@ from datasets.aipos import load_photo
 
 from .animation.camera import MOVES
 from .animation.film import FORMATS
+from .command_line import check_ranges
 from .diffusion.schedule import NoiseSchedule
 from .presets import SIZE
 from .pretrained import WEIGHTS, find_sizes
@@ -150,12 +151,15 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
         )
 
     # Numbers
-    least_values = {"steps": 1, "inpaintings": 1, "seconds": 0.1, "fps": 1, "show": 16}
-    check_least_values(parser, options, least_values | {"guidance": 1})
-    if options.steps > len(NoiseSchedule.cosine()):
-        parser.error(
-            f"--steps must be at most 1000, the schedule's timesteps, not {options.steps}"
-        )
+    check_ranges(parser, options, {
+        "steps": (1, len(NoiseSchedule.cosine())),      # of its 1000 timesteps
+        "guidance": (1, 1000),
+        "seed": (0, 2**63 - 1),
+        "inpaintings": (1, 100),
+        "seconds": (0.1, 600),
+        "fps": (1, 1000),
+        "show": (16, 8192),
+    })
     if options.sd_size < 64 or options.sd_size % 64:
         parser.error(f"--sd-size must be a multiple of 64, not {options.sd_size}")
 
@@ -183,14 +187,6 @@ def check_size(parser: argparse.ArgumentParser, size: int) -> None:
     """End the program with a message if the demo's networks cannot have this image size."""
     if size % 8 or not 32 <= size <= 512:
         parser.error(f"--size must be a multiple of 8 from 32 to 512, not {size}")
-
-
-def check_least_values(parser: argparse.ArgumentParser, options, least_values: dict) -> None:
-    """End the program with a message if an option is too small; least_values: {name: least}."""
-    for name, least in least_values.items():
-        value = getattr(options, name)
-        if value < least:
-            parser.error(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
 
 
 def check_photo(parser: argparse.ArgumentParser, options) -> None:

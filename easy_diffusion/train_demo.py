@@ -26,6 +26,7 @@ b'PNG'
 import argparse
 import io
 import itertools
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -36,7 +37,8 @@ from matplotlib.figure import Figure
 
 from datasets.dishes import dish_names
 
-from .demo_options import check_least_values, check_size
+from .command_line import check_ranges, check_writable, run_command
+from .demo_options import check_size
 from .files import write_atomically
 from .generate import make_held_out_sheet
 from .images import encode_png, load_chinese_font
@@ -127,10 +129,12 @@ def parse_options(arguments) -> argparse.Namespace:
     if not hasattr(options, "autoencoder_minutes"):
         options.autoencoder_minutes = options.minutes
     check_size(parser, options.size)
-    least_values = {
-        "minutes": 1e-3, "autoencoder_minutes": 1e-3, "batch_size": 1, "dishes": options.batch_size,
-    }
-    check_least_values(parser, options, least_values)
+    check_ranges(parser, options, {
+        "minutes": (1e-3, math.inf),
+        "autoencoder_minutes": (1e-3, math.inf),
+        "batch_size": (1, math.inf),
+        "dishes": (options.batch_size, math.inf),
+    })
     if options.initial_weights and not options.initial_weights.is_dir():
         parser.error(f"--initial-weights {options.initial_weights} is not a folder")
     return options
@@ -140,6 +144,7 @@ def main(arguments=None) -> int:
     """Train, export the weights, compare; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
     check_gpu()
+    check_writable(options.out)
     load_chinese_font(12)       # raises here, rather than after the training, if there is no font
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     if torch.cuda.is_available():
@@ -233,4 +238,7 @@ def plot_loss(losses: list[float]) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(
+        main,
+        "interrupted; the same command resumes from the last checkpoint, if there is one",
+    ))

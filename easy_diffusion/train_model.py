@@ -45,6 +45,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from .command_line import check_writable, run_command
 from .files import write_atomically
 from .train_options import parse_options
 from .train_setup import (
@@ -120,6 +121,7 @@ def main(arguments=None) -> int:
     """
     options = parse_options(arguments, description=__doc__.split("\n>>>")[0])
     check_gpu()
+    check_writable(options.out)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     accelerator = Accelerator(mixed_precision=options.precision)
     if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
@@ -247,20 +249,8 @@ def run_training(options, steps, settings: dict, accelerator) -> int:
     return 0
 
 
-def run_command() -> int:
-    """Call `main`, with a one-line message instead of a traceback for expected errors."""
-    try:
-        return main()
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command resumes from the last checkpoint, if there is one",
-            file=sys.stderr,
-        )
-        return 130
-
-
 if __name__ == "__main__":
-    sys.exit(run_command())
+    sys.exit(run_command(
+        main,
+        "interrupted; the same command resumes from the last checkpoint, if there is one",
+    ))

@@ -16,12 +16,15 @@ train_model.py is the command. train_setup.py builds the dataset and the network
 """
 
 import argparse
+import json
+import math
 from pathlib import Path
 
 import torch
 
+from .command_line import check_ranges
 from .presets import BATCH, DISHES, GPU_BATCH, SIZE, default_minutes
-from .train_setup import LOSS_WEIGHTS, TIMESTEPS
+from .train_setup import LOSS_WEIGHTS, TEXT_HEADS, TIMESTEPS
 from .training.distributed import fast_precision
 
 MINUTES = default_minutes()
@@ -321,38 +324,108 @@ def parse_batch_size(text: str) -> int | str:
     return int(text)
 
 
+# The range of each number, both ends included; floats are also finite.
+RANGES = {
+    "dishes": (1, math.inf),
+    "size": (8, 4096),
+    "blocks": (1, math.inf),
+    "heads": (1, math.inf),
+    "patch": (0, math.inf),
+    "text_dim": (4, math.inf),
+    "dropout": (0, 0.99),
+    "caption_dropout": (0, 1),
+    "minutes": (0, math.inf),
+    "steps": (1, math.inf),
+    "micro_batches": (1, math.inf),
+    "workers": (-1, 1024),
+    "ema": (0, 0.999999),
+    "seed": (0, 2**63 - 1),
+    "learning_rate": (1e-12, 10),
+    "muon_learning_rate": (0, 10),
+    "sgd_learning_rate": (1e-12, 10),
+    "plateau_window": (2, math.inf),
+    "warmup": (0, math.inf),
+    "decay": (0, 1),
+    "weight_decay": (0, math.inf),
+    "clip": (1e-12, math.inf),
+    "patience": (1, math.inf),
+    "keep": (1, 1000),
+    "save_seconds": (0, math.inf),
+    "log_every": (1, math.inf),
+    "sample_minutes": (0, math.inf),
+    "guidance": (0, 1000),
+}
+
+
 def check_options(parser: argparse.ArgumentParser, options) -> None:
-    """End the program with a message if options are out of range or contradict each other."""
-    if options.tensorboard and not is_tensorboard_installed():
-        parser.error(
-            "--tensorboard needs a library: pip install tensorboard; "
-            "log.csv has the same values without it"
-        )
-    for name in (
-        "micro_batches", "log_every", "keep", "blocks", "heads", "dishes", "size", "steps"
-    ):
-        value = getattr(options, name)
-        if value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
-    for name in ("learning_rate", "sgd_learning_rate"):
-        value = getattr(options, name)
-        if value <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
-    for name in ("muon_learning_rate", "minutes"):
-        value = getattr(options, name)
-        if value < 0:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {value}")
-    levels = range(len(options.channels))
-    for level in options.attention:
-        if level not in levels:
-            parser.error(f"--attention {level}: --channels has the levels 0 to {levels[-1]}")
+    """End the program with a message if options are out of range or contradict each other.
+
+    All that can be checked without the data is checked here, before the long work begins.
+    """
+    check_ranges(parser, options, RANGES)
+    if not options.spike > 0:               # inf is allowed, nan is not
+        parser.error(f"--spike must be greater than 0, not {options.spike:g}")
+    check_network_options(parser, options)
+    check_files(parser, options)
     if options.prediction_type == "velocity":
         if options.timesteps == "importance":
             parser.error("--prediction-type velocity cannot use --timesteps importance")
         if options.variance == "learned_range":
             parser.error("--prediction-type velocity cannot use --variance learned_range")
+
+
+def check_network_options(parser: argparse.ArgumentParser, options) -> None:
+    """End the program with a message if no network can be built with these options."""
+    levels = range(len(options.channels))
+    for level in options.attention:
+        if level not in levels:
+            parser.error(f"--attention {level}: --channels has the levels 0 to {levels[-1]}")
+    for channels in options.channels:
+        if channels < 32 or channels % 32:
+            parser.error(f"--channels must be multiples of 32, not {channels}")
+    attending = {options.channels[level] for level in [*options.attention, levels[-1]]}
+    for channels in sorted(attending):
+        if channels % options.heads:
+            parser.error(f"--heads {options.heads} does not divide the {channels} --channels")
+    if options.text_dim % TEXT_HEADS:
+        parser.error(f"--text-dim must be a multiple of {TEXT_HEADS}, not {options.text_dim}")
+    # The images of a store, and latents, have a size of their own.
+    is_store = options.data is not None and (options.data / "data.mdb").exists()
+    multiple = (options.patch or 4) * 2 ** levels[-1]
+    if not is_store and options.size % multiple:
+        parser.error(
+            f"--size must be a multiple of {multiple} with this --patch and {len(levels)} "
+            f"--channels, not {options.size}"
+        )
+
+
+def check_files(parser: argparse.ArgumentParser, options) -> None:
+    """End the program with a message if a file is missing or the batch is larger than the data."""
+    if options.tensorboard and not is_tensorboard_installed():
+        parser.error(
+            "--tensorboard needs a library: pip install tensorboard; "
+            "log.csv has the same values without it"
+        )
+    for name in ("data", "autoencoder", "classifier"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            parser.error(f"--{name} {path} does not exist")
     if options.cn_clip and not options.data:
         parser.error("--cn-clip saves token embeddings in a store: choose one with --data")
+    if options.data is None and options.batch_size != "auto":
+        if options.batch_size > options.dishes:
+            parser.error(
+                f"--batch-size {options.batch_size} is larger than --dishes {options.dishes}"
+            )
+    checkpoint = options.out / "model.safetensors"
+    if options.generate and not checkpoint.exists():
+        parser.error(f"--generate needs a trained network: there is no {checkpoint}")
+    run = options.out / "run.json"
+    if run.exists():
+        try:
+            json.loads(run.read_text("utf-8"))
+        except ValueError as error:
+            parser.error(f"{run} is damaged: {error}; delete it, or use another --out")
 
 
 def is_tensorboard_installed() -> bool:

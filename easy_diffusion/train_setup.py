@@ -65,6 +65,7 @@ TIMESTEPS = {
 }
 # the same for --prediction-type velocity, whose time is continuous
 FLOW_TIMES = {"logit-normal": logit_normal_time, "uniform": uniform_time}
+TEXT_HEADS = 4          # attention heads of the character encoder
 LOSS_WEIGHTS = {"velocity": velocity_weight, "min-snr": min_snr_weight, "none": None}
 
 
@@ -120,7 +121,11 @@ def build_encoder(options, captions: list[str], accelerator) -> torch.nn.Module:
         # a caption of n characters has n + 1 tokens: the first is the start token
         max_length = max(32, 1 + max(len(caption) for caption in captions))
         return CharacterEncoder(
-            "".join(captions), dim=options.text_dim, layers=2, max_length=max_length
+            "".join(captions),
+            dim=options.text_dim,
+            layers=2,
+            heads=TEXT_HEADS,
+            max_length=max_length,
         )
     with main_process_first(accelerator):       # the main process may download the checkpoint
         cn_clip = CnClipEncoder(options.cn_clip)

@@ -16,7 +16,6 @@ False
 (0.5, 2.0, 1.5)
 """
 
-import re
 import warnings
 
 import torch
@@ -72,20 +71,17 @@ def compute_dtype(accelerator) -> torch.dtype:
 def check_gpu() -> None:
     """Exit with a message if this build of PyTorch has no kernels for the GPU.
 
-    Binary code for sm_XY runs on GPUs of compute capability X.Y up to the end of the series X.
-    Code for compute_XY (PTX) is compiled when it is loaded, for any GPU from X.Y on.
-
     Raises SystemExit.
     """
-    if not torch.cuda.is_available() or torch.version.hip:
+    if not torch.cuda.is_available():
         return
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+        return
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
     capability = torch.cuda.get_device_capability()
-    architectures = torch.cuda.get_arch_list()
-    for architecture in architectures:
-        kind, digits = re.fullmatch(r"(sm|compute)_(\d+)[af]?", architecture).groups()
-        built_for = int(digits[:-1]), int(digits[-1])
-        if built_for <= capability and (kind == "compute" or built_for[0] == capability[0]):
-            return
     if capability < (7, 0):
         advice = (
             "install a build for CUDA 12.6, of PyTorch 2.14 at most, from PyTorch's own index: "
@@ -96,9 +92,9 @@ def check_gpu() -> None:
     else:
         advice = "install a newer PyTorch"
     raise SystemExit(
-        f"PyTorch {torch.__version__} has kernels for {', '.join(architectures)}, but none for "
-        f"{torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, capability))}: "
-        f"{advice}; or set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
+        f"PyTorch {torch.__version__} has no kernels for {torch.cuda.get_device_name()}, compute "
+        f"capability {'.'.join(map(str, capability))}: {advice}; "
+        "or set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
     )
 
 

@@ -32,25 +32,32 @@ def test_compute_dtype_is_that_of_autocast():
 def test_a_gpu_without_kernels_ends_the_program_with_one_sentence(
     monkeypatch, name, capability, advice
 ):
-    pretend_gpu(monkeypatch, name, capability, ["sm_75", "sm_80", "sm_90a", "sm_120"])
+    pretend_gpu(monkeypatch, name, capability, "no kernel image is available for execution")
     with pytest.raises(SystemExit, match=advice) as error:
         check_gpu()
     assert name in str(error.value)
     assert torch.__version__ in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "capability, architectures",
-    [((7, 5), ["sm_75"]), ((8, 9), ["sm_80"]), ((9, 0), ["sm_90a"]), ((13, 0), ["compute_120"])],
-)
-def test_a_gpu_with_kernels_passes(monkeypatch, capability, architectures):
-    pretend_gpu(monkeypatch, "a GPU", capability, architectures)
+def test_a_gpu_with_kernels_passes_and_another_error_is_not_hidden(monkeypatch):
+    pretend_gpu(monkeypatch, "a GPU", (9, 0), None)
     check_gpu()
+    pretend_gpu(monkeypatch, "a GPU", (9, 0), "the driver is too old")
+    with pytest.raises(RuntimeError, match="driver"):
+        check_gpu()
 
 
-def pretend_gpu(monkeypatch, name, capability, architectures):
+def pretend_gpu(monkeypatch, name, capability, error):
+    """A GPU whose first operation raises RuntimeError(error), unless that is None."""
+    zeros = torch.zeros
+
+    def operate(*shape, device):
+        assert device == "cuda"
+        if error is not None:
+            raise RuntimeError(f"CUDA error: {error}")
+        return zeros(*shape)
+
+    monkeypatch.setattr(torch, "zeros", operate)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
