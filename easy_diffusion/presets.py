@@ -42,7 +42,7 @@ from .networks.unet import UNet
 from .networks.weights_io import load_weights
 from .training.checkpoint import load_checkpoint, load_ema_weights
 from .training.data_loader import make_loader
-from .training.distributed import autocast
+from .training.distributed import autocast, default_device
 from .training.progress import track_progress
 from .training.train_autoencoder import measure_latent_scale, train_autoencoder
 from .training.trainer import train
@@ -215,7 +215,7 @@ def prepare_latents(
     path = out / f"autoencoder_{size}.safetensors"
     if not path.exists():
         train_and_save_autoencoder(store, path, size, minutes, measure_accuracy, initial)
-    autoencoder = load_autoencoder(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    autoencoder = load_autoencoder(path).to(default_device())
     encode = make_encoder(autoencoder)
 
     def encode_autocast(images):

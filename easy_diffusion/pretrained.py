@@ -36,6 +36,7 @@ from .networks.autoencoder import Autoencoder, load_autoencoder, save_autoencode
 from .networks.text_encoder import CharacterEncoder
 from .networks.unet import UNet
 from .networks.weights_io import load_tree, load_weights, save_tree
+from .training.distributed import default_device
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"   # the models of this repository
 
@@ -134,8 +135,7 @@ def load_model(folder=WEIGHTS, size: int | None = None) -> Model:
                 f"{path} was trained on the latents of another autoencoder than the one in "
                 f"{autoencoder_path(folder, size)}"
             )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for module in (network, encoder, autoencoder):
         if module is not None:
-            module.eval().to(device)
+            module.eval().to(default_device())
     return Model(network, encoder, diffusion, autoencoder)

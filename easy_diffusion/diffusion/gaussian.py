@@ -314,10 +314,10 @@ def discretised_log_likelihood(x0, mean, log_variance) -> torch.Tensor:
 
     x0: grey levels in [-1, 1], any shape; mean, log_variance: tensors that broadcast to it.
     """
-    normal = torch.distributions.Normal(0.0, 1.0)
+    normal_cdf = torch.special.ndtr
     inverse_std = torch.exp(-log_variance / 2)
-    upper = normal.cdf((x0 + 1 / 255 - mean) * inverse_std)
-    lower = normal.cdf((x0 - 1 / 255 - mean) * inverse_std)
+    upper = normal_cdf((x0 + 1 / 255 - mean) * inverse_std)
+    lower = normal_cdf((x0 - 1 / 255 - mean) * inverse_std)
     upper = torch.where(x0 > 1 - 1 / 255, torch.ones_like(upper), upper)
     lower = torch.where(x0 < -1 + 1 / 255, torch.zeros_like(lower), lower)
     return (upper - lower).clamp(min=1e-12).log()

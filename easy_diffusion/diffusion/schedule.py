@@ -218,7 +218,8 @@ class TimestepTable:
         """The values at timesteps t [B], as [B, 1, 1, ...] with the device and dtype of x."""
         key = (x.device, x.dtype)
         if key not in self._copies:
-            self._copies[key] = self.values.to(*key)
+            # Converted on the CPU: Apple's GPU has no float64.
+            self._copies[key] = self.values.to(x.dtype).to(x.device)
         values = self._copies[key][t.to(x.device)]
         return values.view(-1, *(1,) * (x.ndim - 1))
 

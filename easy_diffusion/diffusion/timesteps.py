@@ -128,12 +128,13 @@ class ImportanceTimesteps:
             raise ValueError(
                 f"this sampler of timesteps is for T = {len(self.losses)}, not of {num_timesteps}"
             )
-        probabilities = self.probabilities().to(generator.device)
+        # In float32, because Apple's GPU has no float64
+        probabilities = self.probabilities().float().to(generator.device)
         return torch.multinomial(probabilities, batch, replacement=True, generator=generator)
 
     def weights(self, t: torch.Tensor) -> torch.Tensor:
-        """The factors 1 / (T p_t) of the losses at timesteps t [B], float64 [B]."""
-        return 1 / (len(self.losses) * self.probabilities().to(t.device)[t])
+        """The factors 1 / (T p_t) of the losses at timesteps t [B], float32 [B]."""
+        return (1 / (len(self.losses) * self.probabilities())).float().to(t.device)[t]
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Add the unweighted losses [B] at timesteps t [B] to the history."""

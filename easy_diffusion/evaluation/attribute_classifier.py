@@ -204,4 +204,4 @@ def classifier_features(classifier: AttributeClassifier, images: torch.Tensor) -
     classifier.eval()
     with torch.no_grad():
         features = [classifier.features(batch.to(device)) for batch in images.split(BATCH_SIZE)]
-    return torch.cat(features).double().cpu()
+    return torch.cat(features).cpu().double()

@@ -41,8 +41,8 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     a, b: features [N, D] and [M, D], N and M at least 2; else ValueError.
     """
     _check_features(a, b)
-    a = a.double()
-    b = b.double()
+    a = a.cpu().double()
+    b = b.cpu().double()
     dim = a.shape[1]
     covariance_a = torch.cov(a.T).reshape(dim, dim)
     covariance_b = torch.cov(b.T).reshape(dim, dim)
@@ -71,8 +71,8 @@ def kernel_distance(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
             "the kernel distance needs as many samples as real images, at least 4 of each, "
             f"not {n} and {len(b)}"
         )
-    a = a.double()
-    b = b.double()
+    a = a.cpu().double()
+    b = b.cpu().double()
 
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1) ** 3                              # [N, N]
@@ -123,8 +123,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     window = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5 ** 2))
     window = (window / window.sum()).to(a.device)                           # [11]
     # float64, because the variances are small differences of large squares.
-    a = a.double().flatten(0, 1)[:, None]                                   # [B·C, 1, H, W]
-    b = b.double().flatten(0, 1)[:, None]
+    a = a.cpu().double().flatten(0, 1)[:, None]                                   # [B·C, 1, H, W]
+    b = b.cpu().double().flatten(0, 1)[:, None]
 
     def mean(x):
         x = F.conv2d(x, window.view(1, 1, -1, 1))

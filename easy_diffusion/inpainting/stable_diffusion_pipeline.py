@@ -39,7 +39,11 @@ def load_pipeline(path, config=None, device=None, dtype=None, offload: bool = Fa
     Raises FileNotFoundError with a list of what is missing, and ValueError for pickles.
     """
     path = Path(path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None and torch.cuda.is_available():
+        device = "cuda"
+    elif device is None:
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     _check_files(path, config)
 

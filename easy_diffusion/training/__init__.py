@@ -19,6 +19,7 @@ The files, in reading order:
     operations.py          the operations of a step, counted by name
     distributed.py         what processes exchange; the fastest precision; a check of the GPU
     checkpoint.py          the state of a training in a safetensors file, written atomically
+    lock.py                one training at a time for a checkpoint
     progress.py            progress bar, CSV log, curves, TensorBoard
     train_autoencoder.py   training an autoencoder
     autoencoder_losses.py  its losses: reconstruction, perceptual, patch discriminator
@@ -65,6 +66,7 @@ from .distributed import (
     broadcast_parameters,
     check_gpu,
     default_accelerator,
+    default_device,
     fast_precision,
     reduce_metrics,
 )
@@ -82,6 +84,7 @@ from .finetune_cn_clip import (
     save_cn_clip,
 )
 from .health import TrainingHealth
+from .lock import training_lock
 from .loss_history import LossHistory, update_quartile_losses
 from .memory import (
     MicroBatches,
@@ -166,6 +169,7 @@ __all__ = [
     "compute_recall",
     "contrastive_loss",
     "default_accelerator",
+    "default_device",
     "derive_seed",
     "descend",
     "discriminator_loss",
@@ -205,6 +209,7 @@ __all__ = [
     "train",
     "train_autoencoder",
     "train_simple",
+    "training_lock",
     "unpack_batch",
     "update_ema",
     "update_quartile_losses",

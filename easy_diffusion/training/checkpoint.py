@@ -11,7 +11,8 @@ one, never an incomplete one.
     path.best       the one with the lowest loss
 
 If the newest file is damaged, `load_newest_checkpoint` takes the newest that is not. The file
-needs torch, safetensors, the folder networks/ and, beside it, data_loader.py.
+needs torch, accelerate, safetensors, the folder networks/ and, beside it, data_loader.py and
+distributed.py.
 
 >>> import tempfile
 >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
@@ -42,6 +43,7 @@ from ..networks.weights_io import (
     write_tree,
 )
 from .data_loader import images_per_step
+from .distributed import default_device
 
 # ---------------------------------------------------------------- writing
 
@@ -202,7 +204,7 @@ def load_ema_weights(network, encoder, diffusion, saved: dict) -> None:
     check_network(saved, network, diffusion.prediction_type)
     models = torch.nn.ModuleDict({"network": network, "encoder": encoder})
     load_weights(models, saved["ema"])
-    models.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    models.eval().to(default_device())
 
 
 # ---------------------------------------------------------------- the state of a Trainer

@@ -50,6 +50,13 @@ def autocast(device):
     return torch.autocast(device_type, DTYPES[precision], enabled=precision != "no")
 
 
+def default_device() -> torch.device:
+    """The device for sampling: an NVIDIA GPU, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def default_accelerator() -> Accelerator:
     """An Accelerator with `fast_precision`.
 

@@ -15,8 +15,8 @@ the k nearest of all captions.
 
 `save_cn_clip` writes a checkpoint that cn_clip's `load_from_name` and `CnClipEncoder` of
 networks/text_encoder.py read. The file needs torch, torchvision and cn_clip and, beside it,
-checkpoint.py, clock.py, data_loader.py, muon.py and optimizers.py; from this package also files.py
-and networks/weights_io.py.
+checkpoint.py, clock.py, data_loader.py, distributed.py, lock.py, muon.py and optimizers.py; from
+this package also files.py and networks/weights_io.py.
 
 >>> captions = ["番茄汤", "土豆丝", "炒面"]
 >>> embeddings = torch.eye(3)
@@ -43,6 +43,7 @@ from ..networks.weights_io import load_weights, read_tensors
 from .checkpoint import load_checkpoint, save_checkpoint
 from .clock import TrainingClock
 from .data_loader import infinite_batches, unpack_batch
+from .lock import training_lock
 from .optimizers import descend, set_learning_rates
 
 # Mean and standard deviation of CLIP's training images, for values in [0, 1].
@@ -245,34 +246,35 @@ def finetune(
         model.parameters(), learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=weight_decay
     )
     optimizers = [(optimizer, learning_rate)]
-    clock = TrainingClock(steps)
-    if checkpoint is not None and Path(checkpoint).exists():
-        saved = load_checkpoint(checkpoint, model.logit_scale.device)
-        load_weights(model, saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        clock.start(saved["index"])
+    with training_lock(checkpoint):
+        clock = TrainingClock(steps)
+        if checkpoint is not None and Path(checkpoint).exists():
+            saved = load_checkpoint(checkpoint, model.logit_scale.device)
+            load_weights(model, saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            clock.start(saved["index"])
 
-    batches = infinite_batches(loader, clock.index)
-    while clock.progress < 1:
-        # The loss.
-        images, captions, _ = unpack_batch(next(batches))
-        model.train()
-        loss = compute_loss(model, images, captions)
+        batches = infinite_batches(loader, clock.index)
+        while clock.progress < 1:
+            # The loss.
+            images, captions, _ = unpack_batch(next(batches))
+            model.train()
+            loss = compute_loss(model, images, captions)
 
-        # The optimizer step, with linear warm-up and cosine decay of the learning rate.
-        cosine = (1 + math.cos(math.pi * clock.progress)) / 2
-        set_learning_rates(optimizers, cosine * clock.lr_multiplier(warmup, decay=0))
-        loss = descend(loss, list(model.parameters()), optimizers, clip, clock.index)
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, MAX_LOG_SCALE)
+            # The optimizer step, with linear warm-up and cosine decay of the learning rate.
+            cosine = (1 + math.cos(math.pi * clock.progress)) / 2
+            set_learning_rates(optimizers, cosine * clock.lr_multiplier(warmup, decay=0))
+            loss = descend(loss, list(model.parameters()), optimizers, clip, clock.index)
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
-        # Save, and yield the step.
-        clock.tick(len(images))
-        if checkpoint is not None and (clock.index % save_every == 0 or clock.progress == 1):
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "index": clock.index,
-            }
-            save_checkpoint(checkpoint, state)
-        yield FinetuneStep(clock.index - 1, loss, model.eval())
+            # Save, and yield the step.
+            clock.tick(len(images))
+            if checkpoint is not None and (clock.index % save_every == 0 or clock.progress == 1):
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "index": clock.index,
+                }
+                save_checkpoint(checkpoint, state)
+            yield FinetuneStep(clock.index - 1, loss, model.eval())

@@ -16,8 +16,8 @@ the number of steps. A training that was killed resumes from it and, on a CPU an
 `make_loader`, ends with exactly the weights of an uninterrupted one.
 
 The file needs torch and accelerate and, beside it, autoencoder_losses.py, checkpoint.py, clock.py,
-data_loader.py, distributed.py, ema.py, muon.py, optimizers.py and options.py; from this package
-also diffusion/ and networks/. Its example needs networks/autoencoder.py.
+data_loader.py, distributed.py, ema.py, lock.py, muon.py, optimizers.py and options.py; from this
+package also diffusion/ and networks/. Its example needs networks/autoencoder.py.
 
 >>> from ..networks.autoencoder import Autoencoder
 >>> images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
@@ -43,6 +43,7 @@ from .clock import TrainingClock
 from .data_loader import infinite_batches, normalize_pixels, prepare_loader, unpack_batch
 from .distributed import default_accelerator, warn_on_main_process
 from .ema import EMA
+from .lock import locked
 from .optimizers import build_optimizers, descend, set_learning_rates
 from .options import AutoencoderOptions, replace_options
 
@@ -277,10 +278,12 @@ def train_autoencoder(autoencoder, loader, **options) -> Iterator[AutoencoderSte
 
     Raises TypeError for an unknown option; ValueError if the checkpoint belongs to another network
     or to other optimizers, if the loader yields no batch, and for steps, minutes or an accelerator
-    out of range; FloatingPointError if the loss or the gradient is not finite.
+    out of range; BlockingIOError if another training writes to the checkpoint; FloatingPointError
+    if the loss or the gradient is not finite.
     """
     options = replace_options(AutoencoderOptions(), **options)
-    yield from AutoencoderTrainer(autoencoder, loader, options).run()
+    trainer = AutoencoderTrainer(autoencoder, loader, options)
+    yield from locked(trainer.run(), options.checkpoint, trainer.accelerator)
 
 
 @torch.no_grad()
@@ -305,7 +308,8 @@ def measure_latent_scale(autoencoder, loader, max_images: int = 1000) -> tuple[f
         images = images[:images_left]
         x = images.to(device).float() / 127.5 - 1
         posterior = autoencoder.encode(x)
-        second_moment = posterior.mean.double().square() + posterior.log_variance.double().exp()
+        mean, log_variance = posterior.mean.cpu(), posterior.log_variance.cpu()
+        second_moment = mean.double().square() + log_variance.double().exp()
         count += posterior.mean.numel()
         total += float(posterior.mean.sum())
         total_squared += float(second_moment.sum())

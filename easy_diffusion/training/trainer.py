@@ -9,6 +9,7 @@ what a long training needs, each in a file of its own:
     training health      Steps that are not finite, or spikes, are skipped (health.py).
     checkpoints          A killed run resumes at its last checkpoint (checkpoint.py).
     several processes    They learn what one learns with a larger batch (distributed.py).
+    one training         A second one with the same checkpoint is refused (lock.py).
 
 With a loader of `make_loader` a run that was killed ends with the weights of an unbroken run: on a
 CPU bit for bit, unless its length is given in minutes; see draws.py.
@@ -55,6 +56,7 @@ from .distributed import (
 from .draws import StepDraws
 from .ema import EMA
 from .health import TrainingHealth, explain_failure
+from .lock import locked
 from .loss_history import LossHistory
 from .memory import MicroBatches, catch_out_of_memory
 from .optimizers import OptimizerPhases, clip_grad_norm, compute_grad_norm, is_fp16_overflow
@@ -377,9 +379,10 @@ def train(network, diffusion, loader, encoder=None, **options) -> Iterator[Train
         learning_rate=1e-3, checkpoint="model.safetensors".
 
     Raises TypeError for an unknown option; ValueError for an incompatible checkpoint, an empty
-    loader, a batch of another form, or no steps or time; FloatingPointError if the losses do not
-    become finite again; torch.OutOfMemoryError if a batch does not fit in twice as many
-    micro-batches either.
+    loader, a batch of another form, or no steps or time; BlockingIOError if another training
+    writes to the checkpoint; FloatingPointError if the losses do not become finite again;
+    torch.OutOfMemoryError if a batch does not fit in twice as many micro-batches either.
     """
     options = replace_options(TrainingOptions(), **options)
-    return Trainer(network, diffusion, loader, encoder, options).run()
+    trainer = Trainer(network, diffusion, loader, encoder, options)
+    return locked(trainer.run(), options.safety.checkpoint, trainer.accelerator)
