@@ -31,7 +31,8 @@ images with the trained network instead of training it. The files in --out are
     board/              the log for TensorBoard, with --tensorboard
 
 >>> options = parse_options(["--channels", "32", "64", "--minutes", "3"])
->>> settings = describe_run(options, shape=(3, 64, 64), encoder=None)
+>>> dataset = [(torch.zeros(3, 64, 64, dtype=torch.uint8), "番茄汤")] * 24
+>>> settings = describe_run(options, dataset, encoder=None)
 >>> settings["channels"], settings["prediction_type"], settings["shape"]
 ([32, 64], 'x0', [3, 64, 64])
 """
@@ -40,6 +41,7 @@ import json
 import os
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
@@ -70,39 +72,76 @@ OLD_OPTIONS = {"predicts": "prediction_type", "words": "text_dim", "weight": "lo
 # ------------------------------------------------------------------ settings of a run
 
 
-def describe_run(options, shape: tuple, encoder) -> dict:
-    """Return the settings that must be equal for a run to be resumed; run.json contains them."""
-    names = (
-        "channels", "attention", "blocks", "heads", "patch", "text_dim", "pooled",
-        "prediction_type", "variance", "schedule", "loss_weight", "timesteps",
-    )
-    settings = {name: getattr(options, name) for name in names}
-    settings["shape"] = list(shape)
+# Options that must be those that the run was started with
+FIXED_OPTIONS = (
+    "channels", "attention", "blocks", "heads", "patch", "text_dim", "pooled",
+    "prediction_type", "variance", "schedule", "loss_weight", "timesteps",
+)
+# Options that may change with --allow-changes
+HYPERPARAMETERS = (
+    "learning_rate", "muon_learning_rate", "sgd_learning_rate", "weight_decay", "warmup", "decay",
+    "clip", "ema", "caption_dropout", "dropout", "seed",
+)
+
+
+def describe_run(options, dataset, encoder) -> dict:
+    """Return the settings of a run, which run.json contains and a resumed run is compared with."""
+    settings = {name: getattr(options, name) for name in FIXED_OPTIONS}
+    settings["shape"] = list(dataset[0][0].shape)
     settings["characters"] = getattr(encoder, "characters", None)
+    settings |= {name: getattr(options, name) for name in HYPERPARAMETERS}
+    settings["data"] = describe_data(dataset)
     return settings
 
 
-def check_run(out: Path, settings: dict) -> None:
-    """Raise ValueError if --out contains a run with other settings than those of `describe_run`."""
+def describe_data(dataset) -> str:
+    """Return the number of items and a checksum of eight of them, as one word.
+
+    Of latents, which are drawn anew at each access, it is the checksum of the captions.
+    """
+    checksum = 0
+    for i in range(8):
+        image, caption = dataset[i * len(dataset) // 8]
+        checksum = zlib.crc32(caption.encode(), checksum)
+        if image.dtype == torch.uint8:
+            checksum = zlib.crc32(image.contiguous().numpy(), checksum)
+    return f"{len(dataset)}-{checksum:08x}"
+
+
+def check_run(out: Path, settings: dict, allow_changes: bool = False) -> None:
+    """Raise ValueError if --out contains a run with other settings than those of `describe_run`.
+
+    allow_changes: whether hyperparameters and data may differ; they are then named in a warning.
+    """
     if not (out / "run.json").exists():
         return
     saved = json.loads((out / "run.json").read_text("utf-8"))
     saved = {OLD_OPTIONS.get(name, name): value for name, value in saved.items()}
     if saved["prediction_type"] == "noise":
         saved["prediction_type"] = "eps"
-    different = [name for name in settings if saved.get(name) != settings[name]]
-    if not different:
-        return
-    reasons = [
-        f"{name}: {saved.get(name)}, not {settings[name]}"
-        for name in different
-        if name != "characters"
-    ]
-    reason = "; ".join(reasons) or "its captions had other characters"
-    raise ValueError(
-        f"{out} contains an incompatible run ({reason}): use the options that it was started "
-        "with, or another --out"
-    )
+    may_change = {*HYPERPARAMETERS, "data"}
+    different = {name for name in settings if saved.get(name) != settings[name]}
+
+    def describe(names) -> str:
+        return "; ".join(
+            "its captions had other characters" if name == "characters"
+            else f"{name}: {saved.get(name)}, not {settings[name]}"
+            for name in sorted(names)
+        )
+
+    if different - may_change:
+        raise ValueError(
+            f"{out} contains an incompatible run ({describe(different - may_change)}): use the "
+            "options that it was started with, or another --out"
+        )
+    changed = different & saved.keys()      # the run of an earlier version has not saved them
+    if changed and not allow_changes:
+        raise ValueError(
+            f"{out} contains a run with other settings ({describe(changed)}): use those that it "
+            "was started with, or go on with --allow-changes, or use another --out"
+        )
+    if changed:
+        warnings.warn(f"the run was started with {describe(changed)}", stacklevel=2)
 
 
 # ------------------------------------------------------------------ training
@@ -135,11 +174,13 @@ def main(arguments=None) -> int:
     image = dataset[0][0]
     shape = tuple(image.shape)                                  # [C, H, W]
     is_latent = image.dtype != torch.uint8
+    if options.generate and is_latent and autoencoder is None:
+        raise ValueError(f"--data {options.data} holds latents: --generate needs --autoencoder")
     options.patch = options.patch or (1 if is_latent else 4)
     torch.manual_seed(options.seed)
     encoder = build_encoder(options, captions, accelerator)
-    settings = describe_run(options, shape, encoder)
-    check_run(options.out, settings)
+    settings = describe_run(options, dataset, encoder)
+    check_run(options.out, settings, options.allow_changes or bool(options.generate))
 
     # Network. fork_rng keeps the initial weights independent of the search for a batch size.
     if options.batch_size == "auto" and not options.generate:

@@ -288,6 +288,10 @@ def add_output_options(group) -> None:
         help="folder for everything that the run writes, and from which it resumes",
     )
     group.add_argument(
+        "--allow-changes", action=argparse.BooleanOptionalAction, default=False,
+        help="resume the run in --out even if its hyperparameters or its data were others",
+    )
+    group.add_argument(
         "--log-every", type=int, default=10,
         help="number of steps between two rows of log.csv",
     )

@@ -18,9 +18,10 @@ The functions in the order in which `main` of train_model.py calls them:
 ('v', 1000, 'logit_normal_timesteps')
 """
 
-import contextlib
 import copy
 import random
+import warnings
+from functools import partial
 
 import torch
 
@@ -53,7 +54,7 @@ from .networks.unet import UNet
 from .networks.weights_io import load_weights
 from .presets import GPU_BATCH, prepare_dishes
 from .training.checkpoint import load_checkpoint, load_newest_checkpoint
-from .training.distributed import any_rank
+from .training.distributed import any_rank, main_process_first
 from .training.memory import find_largest_batch, run_unsplit
 from .training.trainer import train
 
@@ -65,6 +66,9 @@ TIMESTEPS = {
 }
 # the same for --prediction-type velocity, whose time is continuous
 FLOW_TIMES = {"logit-normal": logit_normal_time, "uniform": uniform_time}
+# Longest caption for the character encoder, in characters: attention takes time and memory that
+# grow with the square of the longest caption in a batch.
+MAX_CAPTION = 127
 TEXT_HEADS = 4          # attention heads of the character encoder
 LOSS_WEIGHTS = {"velocity": velocity_weight, "min-snr": min_snr_weight, "none": None}
 
@@ -72,43 +76,55 @@ LOSS_WEIGHTS = {"velocity": velocity_weight, "min-snr": min_snr_weight, "none": 
 # ------------------------------------------------------------------ data and text encoder
 
 
+class CutCaptions(torch.utils.data.Dataset):
+    """A dataset whose captions are cut after MAX_CAPTION characters."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, caption = self.dataset[index]
+        return image, caption[:MAX_CAPTION]
+
+
 def load_dataset(options, accelerator) -> tuple:
     """Load --data, or draw dishes: (dataset, captions, sample names, autoencoder or None).
 
     captions: all captions that the encoder must know. sample names: captions for samples.png.
     """
-    with main_process_first(accelerator):
-        if options.data is None:
-            folder = options.out / f"dishes_{options.size}"
-            dataset = prepare_dishes(folder, options.dishes, options.size)
-            sample_names = [
-                *random.Random(0).sample(dish_names("train"), 6),
-                *random.Random(0).sample(dish_names("held_out"), 6),
-            ]
-            return dataset, dish_names("train") + sample_names, sample_names, None
-        autoencoder = load_autoencoder(options.autoencoder) if options.autoencoder else None
-        if not (options.data / "data.mdb").exists():
-            dataset = AiposFood(options.data, options.size)
-            captions = dataset.captions
-        elif b"latents" in (lmdb_store.read_metadata(options.data) or b""):
-            dataset = LatentLmdb(options.data, fingerprint(autoencoder) if autoencoder else None)
-            captions = [dataset[i][1] for i in range(len(dataset))]
-        else:
-            dataset = AiposFoodLmdb(options.data)
-            captions = list(lmdb_store.read_captions(options.data))
+    if options.data is None:
+        folder = options.out / f"dishes_{options.size}"
+        prepare = partial(prepare_dishes, folder, options.dishes, options.size)
+        sample_names = [
+            *random.Random(0).sample(dish_names("train"), 6),
+            *random.Random(0).sample(dish_names("held_out"), 6),
+        ]
+        dataset = main_process_first(accelerator, prepare)
+        return dataset, dish_names("train") + sample_names, sample_names, None
+    autoencoder = load_autoencoder(options.autoencoder) if options.autoencoder else None
+    if not (options.data / "data.mdb").exists():
+        dataset = AiposFood(options.data, options.size)
+        captions = dataset.captions
+    elif b"latents" in (lmdb_store.read_metadata(options.data) or b""):
+        dataset = LatentLmdb(options.data, fingerprint(autoencoder) if autoencoder else None)
+        captions = [dataset[i][1] for i in range(len(dataset))]
+    else:
+        dataset = AiposFoodLmdb(options.data)
+        captions = list(lmdb_store.read_captions(options.data))
+    too_long = sum(len(caption) > MAX_CAPTION for caption in captions)
+    if too_long and not options.cn_clip:
+        warnings.warn(
+            f"{too_long} of {len(captions)} captions are cut after {MAX_CAPTION} characters",
+            stacklevel=2,
+        )
+        dataset = CutCaptions(dataset)
+        captions = [caption[:MAX_CAPTION] for caption in captions]
     captions = list(dict.fromkeys(captions))
     sample_names = random.Random(0).sample(captions, min(12, len(captions)))
     return dataset, captions, sample_names, autoencoder
-
-
-@contextlib.contextmanager
-def main_process_first(accelerator):
-    """Let the main process run the body first, then the main process of each machine, then all.
-
-    What the body writes to a disk is thus written once per disk.
-    """
-    with accelerator.main_process_first(), accelerator.local_main_process_first():
-        yield
 
 
 def build_encoder(options, captions: list[str], accelerator) -> torch.nn.Module:
@@ -127,11 +143,14 @@ def build_encoder(options, captions: list[str], accelerator) -> torch.nn.Module:
             heads=TEXT_HEADS,
             max_length=max_length,
         )
-    with main_process_first(accelerator):       # the main process may download the checkpoint
-        cn_clip = CnClipEncoder(options.cn_clip)
+
+    def prepare():
+        cn_clip = CnClipEncoder(options.cn_clip)        # it may be downloaded
         for _ in write_caption_embeddings(options.data, cn_clip, cn_clip.fingerprint()):
             pass
-    return StoredCaptionEmbeddings(options.data, cn_clip.fingerprint())
+        return StoredCaptionEmbeddings(options.data, cn_clip.fingerprint())
+
+    return main_process_first(accelerator, prepare)
 
 
 # ------------------------------------------------------------------ network and batch size

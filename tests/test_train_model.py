@@ -199,6 +199,41 @@ def test_an_incompatible_run_is_not_resumed(tmp_path):
     assert load_checkpoint(tmp_path / "out" / "model.safetensors")["index"] == 1
 
 
+def test_a_run_goes_on_with_other_hyperparameters_or_data_only_if_that_is_allowed(tmp_path):
+    for seed, store in enumerate(("one", "two")):
+        image = torch.from_numpy(draw_dish("番茄汤", 32, seed))
+        for _ in append_records(tmp_path / store, [(image, "番茄汤")] * 8):
+            pass
+    arguments = [*SMALL_NETWORK, "--out", str(tmp_path / "out"), "--sample-minutes", "0"]
+    one = ["--data", str(tmp_path / "one")]
+    two = ["--data", str(tmp_path / "two")]
+    assert main([*arguments, *one, "--steps", "1"]) == 0
+    with pytest.raises(ValueError, match="data: 8-.*, not 8-.*--allow-changes"):
+        main([*arguments, *two, "--steps", "2"])
+    changed = [*one, "--weight-decay", "0.1", "--ema", "0.9"]
+    with pytest.raises(ValueError, match="ema: 0.998, not 0.9; weight_decay: 0.01, not 0.1"):
+        main([*arguments, *changed, "--steps", "2"])
+    assert load_checkpoint(tmp_path / "out" / "model.safetensors")["index"] == 1
+    with pytest.warns(UserWarning, match="started with ema: 0.998, not 0.9"):
+        assert main([*arguments, *changed, "--steps", "2", "--allow-changes"]) == 0
+    assert main([*arguments, *changed, "--steps", "3"]) == 0
+    assert load_checkpoint(tmp_path / "out" / "model.safetensors")["index"] == 3
+
+
+def test_a_damaged_run_json_is_named(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{", "utf-8")
+    with pytest.raises(SystemExit):
+        main([*SMALL_NETWORK, "--out", str(tmp_path)])
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_long_captions_are_cut_and_counted(tmp_path):
+    write_store(tmp_path / "store", ["番" * 3000] * 2 + ["番茄汤"] * 6)
+    arguments = [*SMALL_NETWORK, "--data", str(tmp_path / "store"), "--sample-minutes", "0"]
+    with pytest.warns(UserWarning, match="2 of 8 captions are cut after 127 characters"):
+        assert main([*arguments, "--out", str(tmp_path / "out"), "--steps", "2"]) == 0
+
+
 def test_generate_uses_the_trained_network_and_a_finished_run_says_so(tmp_path, capsys):
     arguments = [
         *SMALL_NETWORK, *SMALL_DISHES, "--out", str(tmp_path), "--steps", "2", "--no-sgd",
@@ -264,7 +299,7 @@ def test_a_classifier_of_dishes_rejects_other_captions_before_training(tmp_path)
             *SMALL_NETWORK, "--data", str(tmp_path / "store"), "--out", str(tmp_path / "out"),
             "--steps", "1", "--classifier", str(tmp_path / "classifier"),
         ])
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 # ------------------------------------------------------------------ memory, processes, errors

@@ -66,7 +66,7 @@ from typing import NamedTuple
 
 import torch
 
-from .prediction import Denoiser, Prediction, check_output, normal_noise
+from .prediction import Denoiser, Prediction, broadcast_like, check_output, normal_noise
 from .schedule import TimestepTable
 
 PREDICTION_TYPES = ("eps", "x0", "v")
@@ -264,7 +264,7 @@ class GaussianDiffusion:
         log_beta_tilde = self.log_beta_tilde(t, x_t)
         kl = gaussian_kl(true_mean, log_beta_tilde, mean, prediction.log_variance)
         decoder = -discretised_log_likelihood(x0, mean, prediction.log_variance)
-        is_decoder_term = (t == 0).view(-1, *(1,) * (x_t.ndim - 1))         # [B, 1, 1, 1]
+        is_decoder_term = broadcast_like(t.to(x_t.device) == 0, x_t)        # [B, 1, 1, 1]
         nats = mean_per_sample(torch.where(is_decoder_term, decoder, kl))
         return nats / math.log(2)
 

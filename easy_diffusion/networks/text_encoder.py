@@ -187,9 +187,16 @@ class CnClipEncoder(nn.Module):
 
 
 def check_captions(captions) -> None:
-    """Raise TypeError for a single str, which would be taken for a list of characters."""
+    """Raise TypeError for a single str, which would be taken for a list of characters, and for
+    captions that are not str, such as labels."""
     if isinstance(captions, str):
         raise TypeError(f"captions is a list of str: [{captions!r}], not {captions!r}")
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise TypeError(
+                f"a caption must be a str, not {caption!r}; labels need an encoder of their own, "
+                "such as an nn.Embedding"
+            )
 
 
 def _download_cn_clip(name):

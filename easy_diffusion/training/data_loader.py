@@ -225,7 +225,7 @@ def unpack_batch(batch) -> Batch:
     batch: (images, captions) or (images, captions, extras), as described for `Batch`. Captions may
         also be a tuple, or a tensor, which becomes a list.
 
-    Raises ValueError, saying what came, for anything else.
+    Raises ValueError, saying what came, for anything else, and for float images in [0, 1].
     """
     parts = tuple(batch) if isinstance(batch, (tuple, list)) else ()
     if len(parts) in (2, 3):
@@ -233,6 +233,7 @@ def unpack_batch(batch) -> Batch:
         if isinstance(captions, torch.Tensor):
             captions = captions.tolist()
         if is_batch(images, captions, extras):
+            check_pixels(images)
             return Batch(images, list(captions), extras)
     raise ValueError(
         "a batch must be (images [B, C, H, W], B captions) or (images, captions, extras) with a "
@@ -248,6 +249,21 @@ def is_batch(images, captions, extras) -> bool:
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         return False
     return all(tensor.shape[:1] == (len(captions),) for tensor in tensors)
+
+
+def check_pixels(images: torch.Tensor) -> None:
+    """Raise ValueError for float images in [0, 1], as torchvision's ToTensor makes them.
+
+    They would be taken for latents, or for images in [-1, 1] that are all bright.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+        return
+    if images.device.type == "cpu" and images.min() >= 0 and 0 < images.max() <= 1:
+        raise ValueError(
+            "images must be uint8, 0 … 255, or floats in [-1, 1]; the loader gave "
+            f"{images.dtype} from {float(images.min()):g} to {float(images.max()):g}: "
+            "leave out ToTensor, use torchvision.transforms.PILToTensor"
+        )
 
 
 def describe(value) -> str:

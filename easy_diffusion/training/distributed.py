@@ -16,7 +16,10 @@ False
 (0.5, 2.0, 1.5)
 """
 
+import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from accelerate import Accelerator
@@ -155,6 +158,29 @@ def any_rank(accelerator, flag: bool) -> bool:
         return flag
     flag = torch.tensor(float(flag), device=accelerator.device)
     return bool(accelerator.reduce(flag, "sum"))
+
+
+def main_process_first(accelerator, function: Callable, seconds: float = 1.0):
+    """Return function(), which the main process calls first, then that of each machine, then all.
+
+    What the function writes to a disk is thus written once per disk. However long that takes, the
+    processes that wait exchange a flag every few `seconds`, because a process group ends with an
+    error if one process waits for another for too long (10 minutes with NCCL).
+    """
+    if accelerator.num_processes == 1:
+        return function()
+    if accelerator.is_main_process:
+        own_turn = 0
+    else:
+        own_turn = 1 if accelerator.is_local_main_process else 2
+    task = None
+    with ThreadPoolExecutor(1) as executor:
+        for turn in range(3):
+            if turn == own_turn:
+                task = executor.submit(function)
+            while any_rank(accelerator, task is not None and not task.done()):
+                time.sleep(seconds)
+    return task.result()
 
 
 def reduce_metrics(

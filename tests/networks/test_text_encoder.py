@@ -54,3 +54,10 @@ def test_wrong_captions_are_refused(encoder):
         encoder("番茄")
     with pytest.raises(ValueError, match="at most 7 characters"):
         encoder(["番" * 8])
+
+
+def test_labels_in_the_place_of_captions_are_named():
+    """A dataset of torchvision gives integer labels."""
+    encoder = CharacterEncoder("红黑", dim=32, layers=1)
+    with pytest.raises(TypeError, match="a caption must be a str, not 3; labels need an encoder"):
+        encoder([3, 1])

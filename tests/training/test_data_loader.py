@@ -7,7 +7,12 @@ import torch
 from accelerate import Accelerator
 
 from datasets.dishes import Dishes
-from easy_diffusion.training.data_loader import derive_seed, infinite_batches, make_loader
+from easy_diffusion.training.data_loader import (
+    derive_seed,
+    infinite_batches,
+    make_loader,
+    unpack_batch,
+)
 
 
 def make_indices(length):
@@ -155,3 +160,28 @@ def test_similar_seeds_give_uncorrelated_random_numbers():
     assert first.mean(0).sub(0.5).abs().max() < 0.03        # standard error 0.0065
     series = torch.stack([first[:-1, 0], first[1:, 0], first[:-1, 1]])
     assert torch.corrcoef(series).triu(1).abs().max() < 0.1     # standard error 0.022
+
+
+def test_images_of_totensor_are_refused():
+    """Floats in [0, 1] would train as if they were latents, or images that are all bright."""
+    images = torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="floats in .-1, 1.; .* leave out ToTensor"):
+        unpack_batch((images, ["红", "黑"]))
+    for good in (images * 2 - 1, torch.rand(2, 4, 8, 8), torch.zeros(2, 3, 8, 8), images - 0.01):
+        assert unpack_batch((good, ["红", "黑"])).images is good
+
+
+@pytest.mark.parametrize(
+    "batch, description",
+    [
+        (torch.zeros(4, 3, 8, 8), r"a tensor \[4, 3, 8, 8\]"),
+        ((torch.zeros(2, 3, 8, 8),), r"\(a tensor \[2, 3, 8, 8\]\)"),
+        (torch.zeros(2, 3, 8, 8), r"a tensor \[2, 3, 8, 8\]"),
+        ((torch.zeros(2, 3, 8, 8), ["红"]), r"a list of 1"),
+        ({"pixel_values": torch.zeros(2, 3, 8, 8)}, "pixel_values"),
+    ],
+)
+def test_a_batch_of_another_form_is_described(batch, description):
+    """A loader of tensors alone, a TensorDataset of one tensor, a dict as of transformers."""
+    with pytest.raises(ValueError, match=f"a batch must be .*gave .*{description}"):
+        unpack_batch(batch)

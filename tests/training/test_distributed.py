@@ -1,10 +1,22 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, PrecisionType
 
-from easy_diffusion.training.distributed import check_gpu, compute_dtype, fast_precision
+from easy_diffusion.training.distributed import (
+    check_gpu,
+    compute_dtype,
+    fast_precision,
+    main_process_first,
+)
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_fast_precision_is_one_that_accelerate_knows():
@@ -19,6 +31,48 @@ def test_compute_dtype_is_that_of_autocast():
     assert compute_dtype(accelerator) == torch.float32
     AcceleratorState._reset_state()
     assert compute_dtype(Accelerator(cpu=True, mixed_precision="no")) == torch.float32
+
+
+# The process group gives up after 4 seconds; the main process works for 7.
+PATIENCE = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from easy_diffusion.training.distributed import main_process_first
+
+group = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=4))
+accelerator = Accelerator(cpu=True, kwargs_handlers=[group])
+file = Path(sys.argv[1])
+
+def prepare():
+    if not file.exists():
+        time.sleep(7)
+        file.write_text(str(accelerator.process_index), "utf-8")
+    return file.read_text("utf-8")
+
+print("prepared by", main_process_first(accelerator, prepare, seconds=0.2))
+"""
+
+
+def test_processes_wait_longer_than_the_process_group_allows(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PATIENCE, "utf-8")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+        str(program), str(tmp_path / "prepared"),
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("prepared by 0") == 2
+
+
+def test_one_process_calls_the_function_at_once():
+    assert main_process_first(Accelerator(cpu=True), lambda: "prepared") == "prepared"
 
 
 @pytest.mark.parametrize(
