@@ -18,6 +18,7 @@ and the files beside them:
     pretrained.py       trained models as files that contain all that rebuilds them
     generate.py         from trained networks to images of named dishes
     dish_classifier.py  the attribute classifier of drawn dishes, trained and saved
+    command_line.py     what all commands share: ranges of numbers, errors in one line
     demo.py             the command python -m easy_diffusion.demo
     demo_options.py     its options
     train_demo.py       the command python -m easy_diffusion.train_demo

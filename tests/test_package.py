@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((ROOT / "ipynb").glob("*.ipynb"))
 
 # From the bottom up. A file imports only from its own folder or from a lower layer.
 LAYERS = [
-    {"diffusion", "networks", "files", "images", "datasets"},
+    {"diffusion", "networks", "files", "images", "command_line", "datasets"},
     {"training", "evaluation", "latent_space", "animation"},
     {"inpainting"},
     {"presets", "pretrained", "generate", "dish_classifier"},
@@ -126,7 +126,8 @@ def test_there_is_no_import_cycle():
 
 def test_file_names_are_unique_in_the_package_and_in_the_tests():
     for folder in (PACKAGE, ROOT / "tests"):
-        names = [path.name for path in folder.rglob("*.py") if path.stem != "__init__"]
+        paths = folder.rglob("*.py")
+        names = [path.name for path in paths if path.stem not in ("__init__", "conftest")]
         assert len(names) == len(set(names))
 
 
