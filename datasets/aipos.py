@@ -135,7 +135,8 @@ def list_photos(folder) -> list[tuple[Path, str]]:
     """List (file, dish name) for every photograph of a folder, sorted.
 
     Accepts both layouts of the module's docstring; of a HowToCook dish only the photograph of the
-    finished dish is listed. Raises FileNotFoundError if the folder does not exist.
+    finished dish is listed. Hidden files and folders are left out; images in deeper folders, too,
+    with a warning that counts them. Raises FileNotFoundError if the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -144,7 +145,10 @@ def list_photos(folder) -> list[tuple[Path, str]]:
         folder = folder / "dishes"
 
     photos = []
+    deeper = 0
     for path in folder.glob("*/*"):
+        if is_hidden(path.parent) or is_hidden(path):
+            continue
         if path.is_file():
             # A photograph in the folder of a dish; or, in HowToCook, a recipe without photographs,
             # which stands directly in the folder of a category.
@@ -155,7 +159,20 @@ def list_photos(folder) -> list[tuple[Path, str]]:
             finished = find_finished_dish(path)
             if finished is not None:
                 photos.append((finished, path.name))
+        elif path.is_dir():
+            deeper += sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
+    if deeper:
+        warnings.warn(
+            f"{deeper} images are skipped, because they are deeper than one folder per dish in "
+            f"{folder}",
+            stacklevel=2,
+        )
     return sorted(photos)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is of a program's own, such as .ipynb_checkpoints or __MACOSX."""
+    return path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def find_finished_dish(folder: Path) -> Path | None:
@@ -241,10 +258,25 @@ def load_photo(file, size: int, centering: tuple[float, float] = (0.5, 0.5)) -> 
         return np.array(square)
 
 
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale an image of integers or floats of more than 8 bits to mode L by the range of its mode.
+
+    Integers are taken for 16 bits, 0 … 65535. Floats are taken for 0 … 1 if none is above 1, else
+    for 0 … 255 or, if any is above 255, 0 … 65535. An image of another mode is returned unchanged.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.nan_to_num(np.asarray(image, np.float64))  # [H, W]
+    white = 65535.0
+    if image.mode == "F" and values.max() <= 255:
+        white = 1.0 if values.max() <= 1 else 255.0
+    levels = np.clip(values * (255 / white), 0, 255).round()
+    return Image.fromarray(levels.astype(np.uint8))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB; transparent pixels are composited on white."""
-    if image.mode.startswith("I;16"):  # 16 bits per pixel: keep the upper eight
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = to_eight_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -22,12 +22,15 @@ lmdb_store.py.
 """
 
 import argparse
+import sys
 from functools import partial
 
 import torch
 
 from .aipos import list_photos, load_photo
 from .lmdb_store import ImageCaptionStore, store_files
+
+MAX_SIZE = 4096  # side of a stored image in pixels
 
 
 class AiposFoodLmdb(ImageCaptionStore):
@@ -76,7 +79,7 @@ def build_store(
 
 
 def main(arguments=None):
-    """Run the command; see the module's docstring."""
+    """Run the command; see the module's docstring. Returns 1 if the store has no record."""
     parser = argparse.ArgumentParser(
         prog="python -m datasets.aipos_lmdb", description=__doc__.splitlines()[0]
     )
@@ -89,6 +92,11 @@ def main(arguments=None):
         "--size", type=int, default=128, help="side of the images in pixels (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
+    if not 1 <= options.size <= MAX_SIZE:
+        parser.error(f"--size must be from 1 to {MAX_SIZE}, not {options.size}")
+    for stream in (sys.stdout, sys.stderr):  # a console may lack Chinese characters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         count, skipped = build_store(options.photos, options.store, options.size)
     except (OSError, ValueError) as error:
@@ -96,7 +104,11 @@ def main(arguments=None):
     for file, reason in skipped.items():
         print(f"skipped {file}: {reason}")
     print(f"{count} images in {options.store}, {len(skipped)} files skipped")
+    return 0 if count else 1
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command resumes where it stopped")

@@ -54,13 +54,15 @@ def open_reader(folder):
     if key not in _environments:
         # Readers write to a lock file. Without permission to write, do not use one. The operating
         # system should not read ahead, because records are read in random order.
-        can_lock = os.access(folder, os.W_OK)
+        lock = f"{folder}/lock.mdb"
+        can_lock = os.access(lock if os.path.exists(lock) else folder, os.W_OK)
         try:
             _environments[key] = lmdb.open(
                 str(folder), readonly=True, lock=can_lock, readahead=False
             )
         except lmdb.Error as error:
             raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
+        check_length(folder, _environments[key], file.st_size)
     environment = _environments[key]
     try:
         transaction = environment.begin(buffers=True)
@@ -69,6 +71,19 @@ def open_reader(folder):
         transaction = environment.begin(buffers=True)
     with transaction:
         yield transaction
+
+
+def check_length(folder, environment, length: int) -> None:
+    """Raise ValueError if the file is shorter than its pages.
+
+    Reading a page that a file no longer has would end the process with SIGBUS.
+    """
+    page_size = environment.stat()["psize"]
+    needed = (environment.info()["last_pgno"] + 1) * page_size
+    if length < needed:
+        raise ValueError(
+            f"{folder} is damaged: data.mdb has {length} bytes of {needed}; copy it again"
+        )
 
 
 @contextlib.contextmanager
@@ -90,17 +105,18 @@ def open_writer(folder):
     if key in _environments:
         _environments.pop(key).close()
     try:
-        environment = lmdb.open(str(folder), map_size=max(2**26, 2 * file.st_size))
+        # Not more: Windows makes the file as long as the map. `commit` doubles it when it is full.
+        environment = lmdb.open(str(folder), map_size=max(2**26, file.st_size))
     except lmdb.Error as error:
         raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
     _environments[key] = environment
     _writers.add(key)
     try:
         # Commit the metadata unchanged, which completes the last commit of a killed writer.
-        with environment.begin(write=True) as transaction:
+        with environment.begin() as transaction:
             metadata = transaction.get(METADATA_KEY)
-            if metadata is not None:
-                transaction.put(METADATA_KEY, metadata)
+        if metadata is not None:
+            commit(environment, [], metadata, metadata)
         yield environment
     finally:
         _writers.discard(key)

@@ -37,6 +37,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -75,8 +76,8 @@ class ImageCaptionStore(torch.utils.data.Dataset):
 
     The LMDB file is opened at the first access in each process, so the dataset can be passed to
     worker processes, forked or spawned. Raises FileNotFoundError if there is no store, ValueError
-    for an LMDB file of another layout or version. An access raises KeyError for a missing record
-    and ValueError for a damaged one, with its index.
+    for an empty or damaged one and for an LMDB file of another layout or version. An access raises
+    KeyError for a missing record and ValueError for a damaged one, with its index.
     """
 
     def __init__(self, folder):
@@ -84,6 +85,8 @@ class ImageCaptionStore(torch.utils.data.Dataset):
         if not (Path(folder) / "data.mdb").is_file():
             raise FileNotFoundError(f"no store in {folder}: `append_records` writes one")
         self.length = count_records(folder)
+        if self.length == 0:
+            raise ValueError(f"the store in {folder} is empty: `append_records` writes to it")
 
     def __len__(self):
         return self.length
@@ -263,7 +266,8 @@ def _new_records(samples, load_image, settings, stored_names, skipped) -> Iterat
                 skipped[name] = f"the same image and caption as {stored_names[content_hash]}"
         except DECODE_ERRORS as error:
             # A damaged file, or a caption that cannot be encoded in UTF-8.
-            skipped[name] = str(error) or type(error).__name__
+            reason = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error))  # Pillow names the stream
+            skipped[name] = reason or type(error).__name__
 
 
 def _hash_content(caption: str, data: bytes) -> str:
@@ -282,6 +286,8 @@ def encode_record(image, caption: str, extra_fields: dict | None = None) -> byte
     """
     shape_field = {}
     if not isinstance(image, (bytes, bytearray)):
+        if isinstance(image, np.ndarray):
+            image = np.ascontiguousarray(image)  # torch has no negative strides
         image = torch.as_tensor(image)
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"an image is uint8 [3, H, W], not {image.dtype} {list(image.shape)}")

@@ -28,15 +28,18 @@ aipos_lmdb.py, lmdb_environment.py and lmdb_store.py.
 """
 
 import argparse
+import codecs
+import contextlib
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 from .aipos import load_photo
-from .aipos_lmdb import AiposFoodLmdb
+from .aipos_lmdb import MAX_SIZE, AiposFoodLmdb
 from .lmdb_store import store_files
 
 # Both kinds of store have the same layout, so one class reads both.
@@ -77,7 +80,10 @@ def _read_parquet(table: Path):
 
 
 def _read_csv(table: Path):
-    reader = csv.DictReader(io.StringIO(_read_text(table)))
+    text = _read_text(table)
+    first_line = text.split("\n", 1)[0]
+    delimiter = max(",\t;", key=first_line.count)  # Excel writes all three
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
     try:
         rows = list(reader)
     except csv.Error as error:
@@ -96,7 +102,20 @@ def _read_jsonl(table: Path):
 
 
 def _read_text(table: Path) -> str:
-    return table.read_text("utf-8-sig", "replace")  # a byte that is not UTF-8 becomes "\ufffd"
+    """Decode a table: UTF-8, or what Chinese Excel writes, UTF-16 or GB 18030 (with GBK in it).
+
+    In a table that is UTF-8 but for some bytes, those become "\ufffd".
+    """
+    content = table.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    text = content.decode("utf-8-sig", "replace")
+    non_ascii = sum(character > "\x7f" for character in text)
+    # Of a Chinese text in GB 18030, hardly any character is valid UTF-8.
+    if 2 * text.count("\ufffd") > non_ascii:
+        with contextlib.suppress(UnicodeDecodeError):
+            return content.decode("gb18030")
+    return text
 
 
 def parse_json_row(line: str) -> dict | str:
@@ -165,14 +184,25 @@ def _list_samples(table: Path, rows, caption_column: str, image_column: str) -> 
         elif isinstance(image, str):
             name += f": {image}"
 
-        caption = row.get(caption_column)
-        reason = _why_unusable(image, caption, caption_column)
-        if reason is not None:
-            yield name, "", reason
-        elif isinstance(image, str):
-            yield name, caption.strip(), table.parent / image
-        else:
-            yield name, caption.strip(), image
+        captions = row.get(caption_column)
+        if not isinstance(captions, list):
+            captions = [captions]
+        for caption in captions or [None]:  # an image may have several: a record for each
+            if isinstance(caption, str) and table.suffix != ".csv":
+                caption = " ".join(caption.split())  # a caption of several lines
+            reason = _why_unusable(image, caption, caption_column)
+            if reason is not None:
+                yield name, "", reason
+            elif isinstance(image, str):
+                yield name, caption.strip(), find_image(table.parent, image)
+            else:
+                yield name, caption.strip(), image
+
+
+def find_image(folder: Path, name: str) -> Path:
+    """The path of an image file that a table names; a table of Windows has backslashes in it."""
+    path = folder / name
+    return path if path.exists() else folder / name.replace("\\", "/")
 
 
 def _why_unusable(image, caption, caption_column: str) -> str | None:
@@ -183,13 +213,13 @@ def _why_unusable(image, caption, caption_column: str) -> str | None:
         return f"no caption in column {caption_column}"
     if "\ufffd" in caption:
         return f"the caption in column {caption_column} is not UTF-8: {caption}"
-    if "\n" in caption.strip():
+    if "\n" in caption.strip():  # only in .csv
         return "the caption has several lines: is a closing quote missing?"
     return None
 
 
 def main(arguments=None):
-    """Run the command; see the module's docstring."""
+    """Run the command; see the module's docstring. Returns 1 if the store has no record."""
     parser = argparse.ArgumentParser(
         prog="python -m datasets.pokemon_lmdb", description=__doc__.splitlines()[0]
     )
@@ -206,6 +236,11 @@ def main(arguments=None):
         help="name of the column of images (default: file_name or image, whichever exists)",
     )
     options = parser.parse_args(arguments)
+    if not 1 <= options.size <= MAX_SIZE:
+        parser.error(f"--size must be from 1 to {MAX_SIZE}, not {options.size}")
+    for stream in (sys.stdout, sys.stderr):  # a console may lack Chinese characters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         count, skipped = build_store(
             options.table, options.store, options.size, options.caption, options.image
@@ -215,7 +250,11 @@ def main(arguments=None):
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")
     print(f"{count} images in {options.store}, {len(skipped)} rows skipped")
+    return 0 if count else 1
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command resumes where it stopped")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from datasets.aipos import load_photo
+from datasets.aipos import load_photo, to_eight_bits
 
 from .animation.camera import MOVES
 from .animation.film import FORMATS
@@ -206,8 +206,9 @@ def read_mask(path, photo_path, size: int) -> np.ndarray:
     """Read the mask of a photograph, cropped and scaled like the photograph: bool [size, size].
 
     path: image file, white where the photograph is to be inpainted; transparent pixels are black.
+        A mask of 0 and one other value is read as one of black and white.
     photo_path: the photograph. Both are turned upright first, as their EXIF data says.
-    Raises ValueError if the two differ in width or height.
+    Raises ValueError if the two differ in width or height, or if the mask selects nothing.
     """
     with Image.open(path) as mask_file, Image.open(photo_path) as photo_file:
         mask = ImageOps.exif_transpose(mask_file)
@@ -219,5 +220,14 @@ def read_mask(path, photo_path, size: int) -> np.ndarray:
         if "A" in mask.getbands() or "transparency" in mask.info:
             black = Image.new("RGBA", mask.size, "black")
             mask = Image.alpha_composite(black, mask.convert("RGBA"))
-        mask = ImageOps.fit(mask.convert("L"), (size, size), Image.Resampling.BILINEAR)
-        return np.asarray(mask) > 127
+        mask = to_eight_bits(mask).convert("L")
+        levels = np.unique(mask)
+        if len(levels) == 2 and levels[0] == 0:     # of 0 and 1, or black and a dark colour
+            mask = mask.point(lambda level: 255 if level else 0)
+        mask = np.asarray(ImageOps.fit(mask, (size, size), Image.Resampling.BILINEAR)) > 127
+    if not mask.any():
+        raise ValueError(
+            f"the mask {path} selects nothing to inpaint: its grey levels are from {levels[0]} to "
+            f"{levels[-1]}, and those above 127 select, or 1 in a mask of 0 and 1"
+        )
+    return mask

@@ -16,6 +16,7 @@ b'PNG'
 """
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,12 @@ FONTS = (
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """Convert samples [B, 3, H, W] in [-1, 1] to images uint8 [B, H, W, 3].
 
-    Values outside [-1, 1] are clipped.
+    Grey samples [B, 1, H, W] become grey images of three equal channels. Values outside [-1, 1] are
+    clipped. Raises ValueError for another number of channels.
     """
-    x = x.float().clamp(-1, 1)
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"images have 3 channels, [B, 3, H, W], or 1; not {list(x.shape)}")
+    x = x.float().clamp(-1, 1).expand(-1, 3, -1, -1)
     images = ((x + 1) * 127.5).round().to(torch.uint8)
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -84,7 +88,16 @@ def contact_sheet(
     cells[i]: images uint8 [H, W, 3], shown side by side above captions[i].
     columns: maximum number of cells in a row of the grid.
     side: width and height of each image in pixels.
+
+    Grey images, uint8 [H, W] or [H, W, 1], are shown, too. Raises ValueError for any others.
     """
+    for image in itertools.chain(*cells):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in (
+            (), (1,), (3,)
+        ):
+            raise ValueError(
+                f"images must be uint8 [H, W, 3] or grey, not {image.dtype} {list(image.shape)}"
+            )
     font = load_chinese_font(max(12, side // 8))
     gap = side // 10
     columns = min(columns, len(cells))
@@ -98,6 +111,7 @@ def contact_sheet(
         x = i % columns * cell_width + gap
         y = i // columns * cell_height + gap
         for k, image in enumerate(images):
+            image = image.squeeze(2) if image.shape[2:] == (1,) else image
             resized = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(resized, (x + k * side, y))
         middle = x + len(images) * side / 2

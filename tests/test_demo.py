@@ -86,6 +86,32 @@ def test_a_mask_is_cropped_and_scaled_like_its_photograph(photo_folder):
         read_mask(photo_folder / "strokes.png", photo_folder / "晚饭.jpg", 32)
 
 
+@pytest.mark.parametrize("kind", ["0 and 1", "palette", "16 bits", "grey"])
+def test_masks_of_other_kinds_select_the_right_half(photo_folder, kind):
+    """A palette mask of a labelling tool: index 1 is dark red."""
+    half = np.zeros((70, 90), np.uint8)
+    half[:, 45:] = 1
+    if kind == "palette":
+        mask = Image.fromarray(half, "P")
+        mask.putpalette([0, 0, 0, 128, 0, 0])
+    else:
+        dtype = np.uint16 if kind == "16 bits" else np.uint8
+        values = {"0 and 1": 1, "16 bits": 40_000, "grey": 90}
+        mask = Image.fromarray(half.astype(dtype) * dtype(values[kind]))
+    mask.save(photo_folder / "kind.png")
+    selected = read_mask(photo_folder / "kind.png", photo_folder / "晚饭.jpg", 32)
+    assert selected[:, 17:].all()
+    assert not selected[:, :15].any()
+
+
+@pytest.mark.parametrize("levels", [[0], [0, 10, 100]])
+def test_a_mask_that_selects_nothing_is_refused_with_its_grey_levels(photo_folder, levels):
+    mask = np.resize(np.array(levels, np.uint8), (70, 90))
+    Image.fromarray(mask).save(photo_folder / "dark.png")
+    with pytest.raises(ValueError, match=f"selects nothing .* from 0 to {levels[-1]}"):
+        read_mask(photo_folder / "dark.png", photo_folder / "晚饭.jpg", 32)
+
+
 def test_all_moves_over_a_photograph_with_a_mask_become_films_and_a_mosaic(run_demo, photo_folder):
     out = run_demo(
         "--image", str(photo_folder / "晚饭.jpg"), "--mask", str(photo_folder / "mask.png"),

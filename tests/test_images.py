@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import torch
 
-from easy_diffusion.images import contact_sheet, load_chinese_font
+from easy_diffusion.images import contact_sheet, load_chinese_font, to_uint8
 
 
 def test_captions_are_drawn_with_chinese_characters():
@@ -22,3 +23,25 @@ def test_a_contact_sheet_has_no_empty_columns():
     image = np.zeros((32, 32, 3), np.uint8)
     sheet = contact_sheet([[image]] * 2, ["番茄汤", "土豆汤"], columns=4, side=32)
     assert sheet.size == (2 * 35 + 3, 43)
+
+
+def test_grey_samples_become_grey_images_and_other_channels_are_refused():
+    x = torch.linspace(-1, 1, 32).view(2, 1, 4, 4)
+    images = to_uint8(x)
+    assert images.shape == (2, 4, 4, 3)
+    assert (images == images[..., :1]).all()
+    assert (images[0, 0, 0, 0], images[1, 3, 3, 0]) == (0, 255)
+    with pytest.raises(ValueError, match="not .2, 4, 4, 4."):
+        to_uint8(torch.zeros(2, 4, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3)])
+def test_a_contact_sheet_shows_grey_and_coloured_images(shape):
+    sheet = np.asarray(contact_sheet([[np.full(shape, 100, np.uint8)]], ["汤"], side=32))
+    assert (sheet[10, 20] == 100).all()
+
+
+def test_a_contact_sheet_refuses_floats_and_four_channels():
+    for image in (np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8)):
+        with pytest.raises(ValueError, match="images must be uint8"):
+            contact_sheet([[image]], ["汤"])

@@ -213,7 +213,7 @@ def write_film(path, frames: list[np.ndarray], fps: int = 20, loop: bool = True)
     fps: frames per second.
     loop: whether a GIF or WebP repeats for ever; the player decides for an MP4.
 
-    Raises ValueError for another ending, no frames, or fps ≤ 0.
+    Raises ValueError for another ending, no frames or frames of another form, or fps ≤ 0.
     """
     ending = Path(path).suffix.lower()
     if fps <= 0:
@@ -223,6 +223,7 @@ def write_film(path, frames: list[np.ndarray], fps: int = 20, loop: bool = True)
             f"a film needs at least one frame and one of the formats {', '.join(FORMATS)}; "
             f"not {len(frames)} frames in {path}"
         )
+    check_frames(frames)
     if ending == ".gif":
         write_gif(path, frames, fps, loop)
     elif ending == ".webp":
@@ -247,6 +248,18 @@ def write_film(path, frames: list[np.ndarray], fps: int = 20, loop: bool = True)
             macro_block_size=2,
         )
         write_atomically(path, data)
+
+
+def check_frames(frames: list[np.ndarray]) -> None:
+    """Raise ValueError, naming the frame, unless all are uint8 [H, W, 3] of one size."""
+    for i, frame in enumerate(frames):
+        is_image = isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3
+        if not is_image or frame.shape[2] != 3 or frame.shape != frames[0].shape:
+            dtype = getattr(frame, "dtype", type(frame).__name__)
+            raise ValueError(
+                f"frames must be arrays uint8 [H, W, 3] of one size; frame {i} is {dtype} "
+                f"{list(getattr(frame, 'shape', []))}"
+            )
 
 
 def write_gif(path, frames: list[np.ndarray], fps: int = 20, loop: bool = True) -> None:

@@ -342,3 +342,22 @@ def test_a_mosaic_shows_films_side_by_side_with_captions():
         assert (frames[k] == 20 + k).all(axis=2).sum() >= 32 * 32
     with pytest.raises(ValueError, match="4, 2"):
         mosaic([films[0], films[1][:2]], ["番茄汤", "土豆汤"])
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "mp4"])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((16, 16, 4), np.uint8), ((16, 16), np.uint8), ((16, 16, 3), np.float32)],
+    ids=["RGBA", "grey", "float"],
+)
+def test_frames_of_another_form_are_refused_in_every_format(tmp_path, ending, shape, dtype):
+    frames = [np.zeros((16, 16, 3), np.uint8), np.zeros(shape, dtype)]
+    with pytest.raises(ValueError, match=r"frames must be arrays uint8 \[H, W, 3\] .* frame 1 is"):
+        write_film(tmp_path / f"film.{ending}", frames)
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_of_different_sizes_are_refused(tmp_path):
+    frames = [np.zeros((16, 16, 3), np.uint8), np.zeros((16, 18, 3), np.uint8)]
+    with pytest.raises(ValueError, match="frame 1 is uint8 .16, 18, 3."):
+        write_film(tmp_path / "film.gif", frames)
