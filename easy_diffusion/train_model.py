@@ -3,7 +3,7 @@
 Without --data the network is trained on drawn dishes with Chinese names. --data accepts
 
     a folder of photographs, one subfolder per caption
-    an LMDB store that `python -m datasets.aipos_lmdb` or `python -m datasets.pokemon_lmdb` wrote
+    an LMDB store that `python -m datasets.aipos_lmdb` or `python -m datasets.table_lmdb` wrote
     an LMDB store of latents; --autoencoder decodes their samples
 
 The default network for images is that of the demo. The network of this project's first version,

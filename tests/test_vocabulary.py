@@ -101,7 +101,7 @@ ALLOWED = {
     ("datasets/dishes.py", "computer synthesized pictures"): "the title of a paper",
     ("datasets/aipos.py", "recipe"): HOWTOCOOK,
     ("tests/datasets/test_aipos_lmdb.py", "recipe"): HOWTOCOOK,
-    ("datasets/pokemon_lmdb.py", "reader"): "a csv.DictReader",
+    ("datasets/table_lmdb.py", "reader"): "a csv.DictReader",
     ("easy_diffusion/diffusion/guidance.py", "deviation of the cond"): "“standard” is a line above",
     ("easy_diffusion/training/train_autoencoder.py", "deviation 1"): "“standard” is a line above",
     ("tests/evaluation/test_metrics.py", "_states_its_standard_error"): "the verb",

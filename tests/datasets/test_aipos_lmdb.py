@@ -286,7 +286,9 @@ def test_an_image_with_damaged_exif_data_is_read(tmp_path, monkeypatch):
     assert (food[0][0] == 90).all()
 
 
-@pytest.mark.parametrize("module, source", [("aipos_lmdb", "food"), ("pokemon_lmdb", "table.csv")])
+@pytest.mark.parametrize("module, source", [
+    ("aipos_lmdb", "food"), ("table_lmdb", "table.csv"), ("pokemon_lmdb", "table.csv"),
+])
 def test_the_command_builds_a_store_and_reports_what_it_skipped(module, source, tmp_path):
     (tmp_path / "food" / "番茄汤").mkdir(parents=True)
     random_image(0).save(tmp_path / "food" / "番茄汤" / "1.jpg")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import aipos_lmdb, pokemon_lmdb
+from datasets import aipos_lmdb, table_lmdb
 from datasets.aipos import list_photos, load_photo, to_eight_bits
 from datasets.lmdb_environment import commit, open_writer
 from datasets.lmdb_store import ImageCaptionStore, append_records, read_captions
@@ -18,7 +18,7 @@ from .example_files import random_image
 
 
 def build(table, store, **options):
-    return pokemon_lmdb.build_store(table, store, size=8, show_progress=False, **options)
+    return table_lmdb.build_store(table, store, size=8, show_progress=False, **options)
 
 
 # ---------------------------------------------------------------- tables
@@ -84,7 +84,7 @@ def test_hidden_folders_are_left_out_and_deeper_images_are_counted(tmp_path):
         assert list_photos(tmp_path) == [(tmp_path / "番茄汤" / "1.png", "番茄汤")]
 
 
-@pytest.mark.parametrize("module", [aipos_lmdb, pokemon_lmdb])
+@pytest.mark.parametrize("module", [aipos_lmdb, table_lmdb])
 @pytest.mark.parametrize("size", ["0", "-5", "100000000"])
 def test_a_size_out_of_range_is_refused(module, size, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
@@ -98,7 +98,7 @@ def test_a_command_that_took_nothing_ends_with_status_1(tmp_path, capsys):
     (tmp_path / "photos" / "汤").mkdir(parents=True)
     (tmp_path / "photos" / "汤" / "1.jpg").write_bytes(b"not an image")
     (tmp_path / "table.csv").write_text("file_name,text\nnowhere.png,汤\n", "utf-8")
-    for module, source in ((aipos_lmdb, "photos"), (pokemon_lmdb, "table.csv")):
+    for module, source in ((aipos_lmdb, "photos"), (table_lmdb, "table.csv")):
         assert module.main([str(tmp_path / source), str(tmp_path / "store")]) == 1
         output = capsys.readouterr().out
         assert "0 images" in output and "BytesIO" not in output

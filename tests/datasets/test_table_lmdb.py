@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from datasets import pokemon_lmdb
+from datasets import table_lmdb
 from datasets.lmdb_store import read_captions
 from datasets.pokemon_lmdb import PokemonLmdb
 
@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def build(table, store, size=8, **options):
-    return pokemon_lmdb.build_store(table, store, size=size, show_progress=False, **options)
+    return table_lmdb.build_store(table, store, size=size, show_progress=False, **options)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
