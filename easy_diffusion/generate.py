@@ -74,10 +74,10 @@ def sample_names(
     encoder,
     diffusion,
     names: list[str],
-    size: int = SIZE,
+    size: int | tuple[int, int] = SIZE,
     steps: int = 25,
     guidance: float = 2.0,
-    seed: int = 0,
+    seed: int | list[int] = 0,
     autoencoder: Autoencoder | None = None,
     sampler: Callable = ddim,
 ) -> Iterator:
@@ -85,26 +85,30 @@ def sample_names(
 
     A step's x and x0 are images or, with an autoencoder, latents; `to_images` converts them.
 
-    size: height and width of the images in pixels.
+    size: height and width of the images in pixels, one number or two.
     steps: sampling steps; each evaluates the network with and without the name.
     guidance: scale of classifier-free guidance; 1 means no guidance.
-    seed: of the initial noise of the whole batch.
+    seed: of the first image; the next ones have seed + 1, seed + 2, …; or a list of all seeds. An
+        image depends on its name and its seed alone, not on the others in the batch.
     autoencoder: decodes the samples if the network was trained on latents.
     sampler: of samplers.py; a network that was trained by flow matching uses Euler's method.
     """
-    if autoencoder is None:
-        channels = 3
-        side = size
-    else:
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = 3
+    if autoencoder is not None:
         channels = autoencoder.settings["latent_channels"]
-        side = size // autoencoder.factor
+        height = height // autoencoder.factor
+        width = width // autoencoder.factor
+    seeds = range(seed, seed + len(names)) if isinstance(seed, int) else seed
+    if len(seeds) != len(names):
+        raise ValueError(f"{len(seeds)} seeds do not fit {len(names)} names")
     denoise = guided_denoiser(
         network, encoder, diffusion, names, guidance, clip=autoencoder is None
     )
     options = dict(
-        shape=(len(names), channels, side, side),
+        shape=(len(names), channels, height, width),
         steps=steps,
-        generator=torch.Generator().manual_seed(seed),
+        generator=[torch.Generator().manual_seed(each) for each in seeds],
         device=next(network.parameters()).device,
     )
     if diffusion.prediction_type == "velocity":
@@ -122,14 +126,14 @@ def generate_images(
     encoder,
     diffusion,
     names: list[str],
-    size: int = SIZE,
+    size: int | tuple[int, int] = SIZE,
     steps: int = 25,
     guidance: float = 2.0,
-    seed: int = 0,
+    seed: int | list[int] = 0,
     show_progress: bool = False,
     autoencoder: Autoencoder | None = None,
 ) -> np.ndarray:
-    """Generate one image for each name with DDIM: uint8 [B, size, size, 3].
+    """Generate one image for each name with DDIM: uint8 [B, height, width, 3].
 
     Arguments as for `sample_names`.
     """

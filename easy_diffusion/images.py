@@ -87,7 +87,7 @@ def contact_sheet(
 
     cells[i]: images uint8 [H, W, 3], shown side by side above captions[i].
     columns: maximum number of cells in a row of the grid.
-    side: width and height of each image in pixels.
+    side: longer side of each image in pixels.
 
     Grey images, uint8 [H, W] or [H, W, 1], are shown, too. Raises ValueError for any others.
     """
@@ -112,8 +112,11 @@ def contact_sheet(
         y = i // columns * cell_height + gap
         for k, image in enumerate(images):
             image = image.squeeze(2) if image.shape[2:] == (1,) else image
-            resized = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(resized, (x + k * side, y))
+            scale = side / max(image.shape[:2])
+            width, height = round(image.shape[1] * scale), round(image.shape[0] * scale)
+            resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (side - width) // 2, (side - height) // 2
+            sheet.paste(resized, (x + k * side + left, y + top))
         middle = x + len(images) * side / 2
         draw.text((middle, y + side + 2), caption, fill="black", font=font, anchor="ma")
     return sheet

@@ -187,7 +187,8 @@ def main(arguments=None) -> int:
         with fork_rng(options.seed):
             options.batch_size = find_batch_size(options, dataset, captions, encoder, accelerator)
     network, diffusion, timesteps = build_network(options, shape, encoder)
-    size = shape[-1] * (autoencoder.factor if autoencoder is not None else 1)
+    factor = autoencoder.factor if autoencoder is not None else 1
+    size = shape[-2] * factor, shape[-1] * factor               # H, W of the images
 
     if options.generate:
         saved = load_newest_checkpoint(options.out / "model.safetensors")

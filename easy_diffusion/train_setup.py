@@ -228,10 +228,10 @@ def find_batch_size(options, dataset, captions: list[str], encoder, accelerator)
 # ------------------------------------------------------------------ samples
 
 
-def make_evaluation(options, diffusion, names: list[str], size: int, autoencoder):
+def make_evaluation(options, diffusion, names: list[str], size: tuple[int, int], autoencoder):
     """Make the function TrainingStep → metrics that writes samples.png.
 
-    names: captions of the samples. size: height and width of the images in pixels.
+    names: captions of the samples. size: (height, width) of the images in pixels.
     With --classifier the metrics are {"prompt_accuracy": float}, otherwise they are empty.
     Raises ValueError if the classifier does not know one of the names.
     """
@@ -264,13 +264,13 @@ def generate_sheet(
     encoder,
     diffusion,
     names: list[str],
-    size: int,
+    size: tuple[int, int],
     autoencoder,
     show_progress: bool = False,
 ):
     """Generate an image of each name and write all of them to `file` in --out.
 
-    Returns the images, uint8 [B, size, size, 3].
+    Returns the images, uint8 [B, height, width, 3].
     """
     if autoencoder is not None:
         autoencoder.to(next(network.parameters()).device)

@@ -1,5 +1,7 @@
 """Guided denoisers of trained networks: the same prediction as the bare network, by fewer calls."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from easy_diffusion.diffusion.flow_matching import RectifiedFlow
 from easy_diffusion.diffusion.guidance import guided
 from easy_diffusion.generate import generate_images, guided_denoiser
 from easy_diffusion.presets import build_networks
+from easy_diffusion.pretrained import load_model
 
 NAMES = ["番茄炒鸡蛋", "土豆汤"]
 
@@ -68,3 +71,28 @@ def test_an_image_is_generated_for_each_name_by_a_diffusion_and_by_a_flow(models
         images = generate_images(network, encoder, process, NAMES, size=32, steps=2)
         assert images.shape == (2, 32, 32, 3)
         assert images.dtype == "uint8"
+
+
+def test_each_image_depends_on_its_seed_and_name_alone(random_weights, monkeypatch):
+    """In float32, to one grey level; a larger batch may be computed in another order."""
+    monkeypatch.setattr("easy_diffusion.generate.autocast", lambda _: contextlib.nullcontext())
+    model = load_model(random_weights, 32)
+    options = dict(size=32, steps=3, autoencoder=model.autoencoder)
+    arguments = model.network, model.encoder, model.diffusion
+    both = generate_images(*arguments, ["番茄汤", "清炒土豆"], seed=[0, 5], **options)
+    alone = generate_images(*arguments, ["清炒土豆"], seed=5, **options)
+    assert abs(both[1].astype(int) - alone[0].astype(int)).max() <= 1
+    other = generate_images(*arguments, ["清炒土豆"], seed=6, **options)
+    assert abs(both[1].astype(int) - other[0].astype(int)).mean() > 8
+    consecutive = generate_images(*arguments, ["番茄汤", "清炒土豆"], seed=4, **options)
+    assert abs(consecutive[1].astype(int) - alone[0].astype(int)).max() <= 1
+    with pytest.raises(ValueError, match="2 seeds do not fit 1 names"):
+        generate_images(*arguments, ["番茄汤"], seed=[0, 5], **options)
+
+
+def test_images_need_not_be_square(random_weights):
+    model = load_model(random_weights, 32)
+    images = generate_images(
+        model.network, model.encoder, model.diffusion, ["番茄汤"], size=(32, 48), steps=2
+    )
+    assert images.shape == (1, 32, 48, 3)

@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -218,6 +219,22 @@ def test_a_run_goes_on_with_other_hyperparameters_or_data_only_if_that_is_allowe
         assert main([*arguments, *changed, "--steps", "2", "--allow-changes"]) == 0
     assert main([*arguments, *changed, "--steps", "3"]) == 0
     assert load_checkpoint(tmp_path / "out" / "model.safetensors")["index"] == 3
+
+
+def test_images_that_are_not_square_are_trained_on_and_generated(tmp_path):
+    image = torch.from_numpy(draw_dish("番茄汤", 48, 0))[:, :32]                # [3, 32, 48]
+    for _ in append_records(tmp_path / "store", [(image, "番茄汤")] * 8):
+        pass
+    arguments = [
+        *SMALL_NETWORK, "--data", str(tmp_path / "store"), "--out", str(tmp_path / "out"),
+        "--steps", "2",
+    ]
+    assert main(arguments) == 0
+    assert main([*arguments, "--generate", "番茄汤"]) == 0
+    with Image.open(tmp_path / "out" / "generated.png") as sheet:
+        pixels = np.asarray(sheet)
+    rows = np.flatnonzero((pixels[:128] < 255).any(axis=(1, 2)))
+    assert len(rows) < 110                          # 128 · 32 / 48 = 85, not 128
 
 
 def test_a_damaged_run_json_is_named(tmp_path, capsys):

@@ -168,9 +168,16 @@ def eps_from_x0(x0, x_t, t, schedule) -> torch.Tensor:
 def normal_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> torch.Tensor:
     """Standard normal noise of a shape, on a device.
 
+    generator: a torch.Generator, None for PyTorch's own, or a list of B generators, one for each
+        image of shape [B, ...], whose noise then does not depend on the others in the batch.
+
     It is drawn on the generator's device, in float32 or higher precision, and then moved. With a
     generator on the CPU a seed gives the same noise on every device and in every precision.
     """
+    if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators do not fit {shape[0]} images")
+        return torch.stack([normal_noise(shape[1:], each, device, dtype) for each in generator])
     source = generator.device if generator is not None else device
     precise = torch.promote_types(dtype, torch.float32)
     noise = torch.randn(shape, generator=generator, device=source, dtype=precise)

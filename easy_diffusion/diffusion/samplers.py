@@ -173,7 +173,8 @@ def ddpm(
     shape: (B, C, H, W) of the samples, unless x_T is given.
     steps: number of steps, 1 … T; None = T.
     spacing: "trailing", "uniform", "quadratic" or a list of timesteps, see `spaced_timesteps`.
-    generator: source of all noise; None = PyTorch's default generator.
+    generator: source of all noise; None = PyTorch's default generator; a list of B generators: one
+        for each image.
     device, dtype: of the samples, if x_T is None. dtype: float32 or float64; for half precision
         use autocast inside the denoiser.
     x_T: the initial noise [B, C, H, W]; None = drawn from the generator. The name is Ho et al.'s:

@@ -186,7 +186,7 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
 
     def forward(self, x, t, context=None, mask=None):
-        self.check_context(context, len(x))
+        self.check_context(context, mask, len(x))
         self.check_size(x)
         dtype = self.conv_in.weight.dtype  # a network in half precision takes images of any dtype
         x = x.to(dtype)
@@ -211,14 +211,26 @@ class UNet(nn.Module):
         h = self.conv_out(F.silu(self.norm_out(h)))  # [B, out_channels·p², H/p, W/p]
         return F.pixel_shuffle(h, self.patch)  # [B, out_channels, H, W]
 
-    def check_context(self, context, batch: int) -> None:
-        """Raise ValueError for a missing context or a wrong number of captions."""
+    def check_context(self, context, mask, batch: int) -> None:
+        """Raise ValueError for a missing context, a wrong number of captions, or an empty one.
+
+        Whether a row of the mask has no True is checked on the CPU only, and not under
+        torch.compile: on a GPU the check would be a synchronization.
+        """
         if context is None and self.context_dim is not None:
             raise ValueError("a network with a context_dim needs a context [B, L, D], not None")
         if context is not None and len(context) not in (1, batch):
             raise ValueError(
                 f"a context of {len(context)} captions does not fit {batch} images: "
                 f"it needs 1 caption or {batch}"
+            )
+
+        on_cpu = mask is not None and mask.device.type == "cpu"
+        if on_cpu and not torch.compiler.is_compiling() and not mask.any(dim=1).all():
+            rows = (~mask.any(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"the mask has no True in the rows {rows}: a caption has at least one token that "
+                "may be attended to, if only a start token"
             )
 
     def check_size(self, x) -> None:

@@ -255,3 +255,11 @@ def call_with_an_odd_height():
 def test_wrong_sizes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_mask_without_a_token_is_refused_with_its_rows():
+    """A softmax over no keys is NaN."""
+    network = UNet(channels=(32,), blocks=1, context_dim=16)
+    mask = torch.tensor([[True, False], [False, False]])
+    with pytest.raises(ValueError, match="no True in the rows .1."):
+        network(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 2, 16), mask)

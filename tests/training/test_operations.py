@@ -77,6 +77,7 @@ def test_torch_compile_finds_no_graph_break(part):
 READS = {
     ("draws.py", "start_step"): "the dropped captions are drawn on the CPU",
     ("schedule.py", "check_timesteps"): "only timesteps on the CPU are checked",
+    ("unet.py", "check_context"): "only a mask on the CPU is checked",
     ("trainer.py", "reduce"): "the one copy from the GPU: loss, norm and the losses of the images",
     ("distributed.py", "reduce_metrics"): "loss and norm, which `reduce` has copied",
     ("loss_history.py", "update_quartile_losses"): "the losses that `reduce` has copied",
