@@ -263,6 +263,9 @@ def load_stable_diffusion(module, path) -> None:
     """
     module = getattr(module, "_orig_mod", module)  # the module that torch.compile has wrapped
     state = read_stable_diffusion(path, get_part(module))
+    other_model = name_other_model(state)
+    if other_model:
+        raise ValueError(f"{path} holds weights of {other_model}, not of Stable Diffusion 1.x")
     expected = module.state_dict()
     weights = {}
     for name, other_names in map_tensor_names(module).items():
@@ -271,6 +274,21 @@ def load_stable_diffusion(module, path) -> None:
                 weights[name] = from_convolution(state.pop(other_name), expected[name])
                 break
     load_weights(module, weights | state)  # what is left in `state` is unexpected
+
+
+def name_other_model(state: dict[str, torch.Tensor]) -> str:
+    """The model whose UNet has these tensors, if its layout is known to be another; else ""."""
+    if any(name.startswith(("add_embedding.", "label_emb.")) for name in state):
+        return "Stable Diffusion XL"
+    widths = {
+        tensor.shape[1] for name, tensor in state.items() if name.endswith("attn2.to_k.weight")
+    }
+    if widths == {1024}:
+        return "Stable Diffusion 2"
+    has_transformers = any(".transformer_blocks." in name for name in state)
+    if "time_embed.0.weight" in state and not has_transformers:
+        return "guided-diffusion (ADM)"
+    return ""
 
 
 def from_convolution(tensor, like):

@@ -268,6 +268,8 @@ def _build_text_tower(state, source):
             f"such as {', '.join(list(state)[:3]) or 'none'}"
         )
 
+    state = split_attention(state)
+
     # The sizes of the tower follow from the tensors
     vocabulary, dim = word_embeddings.shape
     layers = {name.split(".")[3] for name in state if name.startswith("bert.encoder.layer.")}
@@ -298,6 +300,18 @@ def _build_text_tower(state, source):
         )
     bert.load_state_dict(weights, strict=False)
     return bert, nn.Parameter(state["text_projection"].float())
+
+
+def split_attention(state: dict) -> dict:
+    """Split each tensor `Wqkv`, of a training with flash attention, into query, key and value."""
+    result = {}
+    for name, tensor in state.items():
+        if name.startswith("bert.") and ".Wqkv." in name:
+            for part, values in zip(("query", "key", "value"), tensor.chunk(3)):
+                result[name.replace("Wqkv", part)] = values
+        else:
+            result[name] = tensor
+    return result
 
 
 def _list_mismatches(expected, weights):

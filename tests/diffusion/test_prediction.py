@@ -107,3 +107,14 @@ def test_a_seed_gives_the_same_noise_in_every_precision():
     assert torch.equal(draw(torch.bfloat16), noise.bfloat16())
     assert torch.equal(draw(torch.float16), noise.half())
     assert draw(torch.float64).dtype == torch.float64
+
+
+def test_a_list_of_generators_draws_each_image_from_its_own():
+    def generator(seed):
+        return torch.Generator().manual_seed(seed)
+
+    noise = normal_noise((2, 3, 8, 8), [generator(0), generator(5)])
+    assert torch.equal(noise[0], normal_noise((3, 8, 8), generator(0)))
+    assert torch.equal(noise[1], normal_noise((3, 8, 8), generator(5)))
+    with pytest.raises(ValueError, match="2 generators do not fit 3 images"):
+        normal_noise((3, 3, 8, 8), [generator(0), generator(1)])

@@ -207,3 +207,17 @@ def test_a_published_name_is_loaded_by_cn_clip(base, monkeypatch):
 
     monkeypatch.setattr("cn_clip.clip.load_from_name", load_local)
     assert CnClipEncoder("ViT-B-16").fingerprint() == CnClipEncoder(base).fingerprint()
+
+
+def test_a_checkpoint_that_was_trained_with_flash_attention_is_converted(small, tmp_path):
+    """Its layers have one tensor Wqkv in the place of query, key and value."""
+    state = dict(small)
+    for name in list(state):
+        if ".query." in name:
+            parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+            state[name.replace("query", "Wqkv")] = torch.cat(parts)
+    assert len(state) < len(small)
+    torch.save(small, tmp_path / "plain.pt")
+    torch.save(state, tmp_path / "flash.pt")
+    plain, flash = (CnClipEncoder(tmp_path / f"{name}.pt") for name in ("plain", "flash"))
+    assert torch.equal(flash(CAPTIONS)[0], plain(CAPTIONS)[0])

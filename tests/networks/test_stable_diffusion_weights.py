@@ -543,3 +543,25 @@ def test_a_whole_inpainting_run_equals_diffusers_pipeline(tmp_path):
     *_, last = ddim(denoise, schedule, spacing=timesteps, x_T=x_T)
     atol = 1e-4 * float(expected.abs().max())
     torch.testing.assert_close(last.x, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "tensors, model",
+    [
+        ({"add_embedding.linear_1.weight": (4, 4)}, "Stable Diffusion XL"),
+        ({"label_emb.0.0.weight": (4, 4)}, "Stable Diffusion XL"),
+        (
+            {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (4, 1024)},
+            "Stable Diffusion 2",
+        ),
+        (
+            {"time_embed.0.weight": (4, 4), "input_blocks.1.1.qkv.weight": (12, 4, 1)},
+            "guided-diffusion",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_named(tmp_path, tensors, model):
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
+    with pytest.raises(ValueError, match=f"model.safetensors holds weights of {model}"):
+        build_ours("UNet").load_stable_diffusion(path)
