@@ -454,7 +454,7 @@ def test_training_continues_while_the_disk_is_full(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=message):
         for step in train_small(tmp_path / "c", save_seconds=0):
             indices.append(load_checkpoint(tmp_path / "c")["index"])
-            assert {path.name for path in tmp_path.iterdir()} <= {"c", "c.1", "c.best"}
+            assert {path.name for path in tmp_path.iterdir()} <= {"c", "c.1", "c.best", "c.lock"}
     assert indices == [1, 2, 2, 2, 2, 6, 7, 8, 9, 10, 11, 12]
 
     attempts[:] = [None, None]              # the first attempt of the next run fails
@@ -512,7 +512,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(factor):
 def test_an_image_that_is_not_finite_costs_one_step_and_changes_no_weight():
     class Latents(BrightAndDark):
         def __getitem__(self, i):
-            return torch.full((3, 8, 8), float("nan") if i == 3 else 0.5), "红"
+            return torch.full((3, 8, 8), float("nan") if i == 3 else -0.5), "红"
 
     network, encoder = make_models()
     loader = make_loader(Latents(), 4)
