@@ -113,15 +113,26 @@ def open_writer(folder):
     _writers.add(key)
     try:
         # Commit the metadata unchanged, which completes the last commit of a killed writer.
-        with environment.begin() as transaction:
-            metadata = transaction.get(METADATA_KEY)
-        if metadata is not None:
-            commit(environment, [], metadata, metadata)
+        # A write transaction sees that commit; a read transaction does not yet.
+        repeat_metadata(environment)
         yield environment
     finally:
         _writers.discard(key)
         _environments.pop(key, None)
         environment.close()
+
+
+def repeat_metadata(environment) -> None:
+    """Write the metadata again, unchanged, in a transaction of its own."""
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                metadata = transaction.get(METADATA_KEY)
+                if metadata is not None:
+                    transaction.put(METADATA_KEY, metadata)
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
 
 
 def read_metadata(folder) -> bytes | None:

@@ -5,7 +5,8 @@ The Pokémon caption datasets are published as .parquet files with the columns `
 
     python -m datasets.pokemon_lmdb pokemon.parquet STORE --caption zh_text
 
-The file needs what table_lmdb.py needs, and that file beside it.
+The file needs lmdb, Pillow, numpy, torch, tqdm and, for .parquet, pyarrow; beside it, aipos.py,
+aipos_lmdb.py, lmdb_environment.py, lmdb_store.py and table_lmdb.py.
 
 >>> import tempfile
 >>> from PIL import Image
