@@ -50,16 +50,25 @@ install() {
 }
 
 suite() {
-    local ignored=()
-    for pair in imageio_ffmpeg:tests/animation/test_film.py gradio:tests/test_app.py; do
-        if ! "$PYTHON" -c "import ${pair%%:*}" 2> /dev/null; then
-            echo "${pair%%:*} is not installed: ${pair##*:} is not run"
-            ignored+=("--ignore=${pair##*:}")
-        fi
-    done
-    # Each process computes little on the GPU: the CPU's cores decide.
-    OMP_NUM_THREADS=1 "$PYTHON" -m pytest tests -o addopts="" -q -n "$(nproc)" --durations=10 \
-        "${ignored[@]}"
+    local without="" options=(-o "addopts=" -q -n "$(nproc)" --durations=10)
+    if ! "$PYTHON" -c "import gradio" 2> /dev/null; then
+        options+=(--ignore tests/test_app.py)
+        without="app] or without_the_modules_of_unix"
+    fi
+    if ! "$PYTHON" -c "import imageio_ffmpeg" 2> /dev/null; then
+        options+=(--ignore tests/animation/test_film.py)
+        without="${without:+$without or }several_names_become_films"
+    fi
+    if [ -n "$without" ]; then
+        echo "gradio or imageio-ffmpeg is missing: not run are test_app, test_film and -k '$without'"
+        options+=(-k "not ($without)")
+    fi
+    # Each process computes little on the GPU: the CPU's cores decide. The tests that fork processes
+    # come first, since a process that has used a GPU cannot be forked.
+    export OMP_NUM_THREADS=1
+    "$PYTHON" -m pytest tests/training "${options[@]}" --ignore tests/training/test_on_gpu.py
+    "$PYTHON" -m pytest tests "${options[@]}" --ignore tests/training
+    "$PYTHON" -m pytest tests/training/test_on_gpu.py -o addopts= -q -n 4
 }
 
 step() {

@@ -56,12 +56,9 @@ def open_reader(folder):
         # system should not read ahead, because records are read in random order.
         lock = f"{folder}/lock.mdb"
         can_lock = os.access(lock if os.path.exists(lock) else folder, os.W_OK)
-        try:
-            _environments[key] = lmdb.open(
-                str(folder), readonly=True, lock=can_lock, readahead=False
-            )
-        except lmdb.Error as error:
-            raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
+        _environments[key] = open_environment(
+            folder, readonly=True, lock=can_lock, readahead=False
+        )
         check_length(folder, _environments[key], file.st_size)
     environment = _environments[key]
     try:
@@ -71,6 +68,24 @@ def open_reader(folder):
         transaction = environment.begin(buffers=True)
     with transaction:
         yield transaction
+
+
+def open_environment(folder, **options) -> lmdb.Environment:
+    """Open an LMDB environment. Raises ValueError if the file is damaged or is not LMDB."""
+    try:
+        try:
+            return lmdb.open(str(folder), **options)
+        except lmdb.Error:
+            # Newer versions of lmdb count what was open before a fork as open in this process.
+            # Only they do not disturb the other process when it is closed here.
+            inherited = [key for key in _environments if key[0] != os.getpid()]
+            if not inherited:
+                raise
+            for key in inherited:
+                _environments.pop(key).close()
+            return lmdb.open(str(folder), **options)
+    except lmdb.Error as error:
+        raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
 
 
 def check_length(folder, environment, length: int) -> None:
@@ -104,11 +119,8 @@ def open_writer(folder):
         )
     if key in _environments:
         _environments.pop(key).close()
-    try:
-        # Not more: Windows makes the file as long as the map. `commit` doubles it when it is full.
-        environment = lmdb.open(str(folder), map_size=max(2**26, file.st_size))
-    except lmdb.Error as error:
-        raise ValueError(f"{folder} cannot be opened as LMDB: {error}") from error
+    # Not more: Windows makes the file as long as the map. `commit` doubles it when it is full.
+    environment = open_environment(folder, map_size=max(2**26, file.st_size))
     _environments[key] = environment
     _writers.add(key)
     try:

@@ -25,6 +25,13 @@ def pytest_sessionstart(session):
 
 
 @pytest.fixture
+def hide_gpu(monkeypatch):
+    """Hide the GPU from this process and its children."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
 def toy():
     """A fixed float64 network (x, t, context, mask) → a tensor of the shape of x.
 

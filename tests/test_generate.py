@@ -73,7 +73,7 @@ def test_an_image_is_generated_for_each_name_by_a_diffusion_and_by_a_flow(models
         assert images.dtype == "uint8"
 
 
-def test_each_image_depends_on_its_seed_and_name_alone(random_weights, monkeypatch):
+def test_each_image_depends_on_its_seed_and_name_alone(random_weights, hide_gpu, monkeypatch):
     """In float32, to one grey level; a larger batch may be computed in another order."""
     monkeypatch.setattr("easy_diffusion.generate.autocast", lambda _: contextlib.nullcontext())
     model = load_model(random_weights, 32)

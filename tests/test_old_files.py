@@ -60,7 +60,7 @@ class TinyNetwork(torch.nn.Module):
         return self.conv(x_t)
 
 
-def test_an_old_training_resumes_with_the_losses_of_the_old_code(old):
+def test_an_old_training_resumes_with_the_losses_of_the_old_code(old, hide_gpu):
     """The old code went on from step 6 to step 8 with the losses in losses.json.
 
     They were computed with bfloat16 autocast. Without it rounding differs, hence the tolerance.

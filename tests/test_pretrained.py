@@ -27,7 +27,7 @@ def test_a_saved_model_is_rebuilt_with_its_weights_rounded_to_half_precision(tmp
         assert loaded.settings == saved.settings
         assert not loaded.training
         for key, tensor in saved.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], tensor.half().float())
+            assert torch.equal(loaded.state_dict()[key].cpu(), tensor.half().float())
     assert torch.equal(rebuilt.diffusion.schedule.betas, diffusion.schedule.betas)
     assert rebuilt.diffusion.prediction_type == "x0"
     assert load_tree(pretrained.model_path(tmp_path, 32))["training"] == {"steps": 7}
@@ -81,7 +81,10 @@ def test_the_shipped_model_is_that_of_its_documented_command(size):
     assert model.network.settings == network.settings
     assert model.encoder.settings == encoder.settings
     assert model.diffusion.prediction_type == diffusion.prediction_type
-    assert torch.equal(model.diffusion.schedule.betas, diffusion.schedule.betas)
+    # The cosines of another processor may differ by their last bit.
+    torch.testing.assert_close(
+        model.diffusion.schedule.betas, diffusion.schedule.betas, rtol=1e-9, atol=0
+    )
 
     training = load_tree(pretrained.model_path(WEIGHTS, size))["training"]
     assert training.pop("steps") > 0

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import lmdb
@@ -50,7 +52,12 @@ def write_lmdb(folder: Path):
 
 
 def read_lmdb(folder: Path) -> list[tuple[bytes, bytes]]:
-    """All (key, value) pairs of an LMDB folder, without lmdb_store.py."""
-    with lmdb.open(str(folder), readonly=True, lock=False) as environment:
-        with environment.begin() as transaction:
-            return list(transaction.cursor())
+    """All (key, value) pairs of an LMDB folder, without lmdb_store.py.
+
+    They are read from a copy, because this process may have the folder itself open already.
+    """
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copy(folder / "data.mdb", copy)
+        with lmdb.open(copy, readonly=True, lock=False) as environment:
+            with environment.begin() as transaction:
+                return list(transaction.cursor())

@@ -303,7 +303,7 @@ def test_the_command_builds_a_store_and_reports_what_it_skipped(module, source, 
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(root)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
         )
 
     arguments = (source, "store", "--size", "16")

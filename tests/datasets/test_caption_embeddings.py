@@ -103,7 +103,7 @@ def test_embeddings_of_a_different_encoder_raise(tmp_path):
         StoredCaptionEmbeddings(tmp_path / "nowhere")
 
 
-def test_training_with_stored_embeddings_equals_training_with_the_encoder(tmp_path):
+def test_training_with_stored_embeddings_equals_training_with_the_encoder(tmp_path, hide_gpu):
     folder = tmp_path / "store"
     dishes = Dishes(8, 32)
     write(folder, dishes)

@@ -12,8 +12,6 @@ def gpu():
 
 
 @pytest.fixture(autouse=True)
-def hide_gpu(request, monkeypatch):
-    """Hide the GPU from this process and its children."""
+def train_on_cpu(request):
     if "gpu" not in request.fixturenames:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        request.getfixturevalue("hide_gpu")

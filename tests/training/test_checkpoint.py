@@ -156,7 +156,7 @@ def save_to_limited_disk(path):
 def test_a_disk_that_is_really_full_leaves_all_checkpoints_unchanged(tmp_path):
     save_checkpoint(tmp_path / "a", {"step": 0}, keep=2)
     save_checkpoint(tmp_path / "a", {"step": 1}, keep=2)
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     process = context.Process(target=save_to_limited_disk, args=(tmp_path / "a",))
     process.start()
     process.join()

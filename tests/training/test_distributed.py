@@ -63,7 +63,9 @@ def test_processes_wait_longer_than_the_process_group_allows(tmp_path):
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
         str(program), str(tmp_path / "prepared"),
     ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])
+    }
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=environment
     )

@@ -19,7 +19,7 @@ from easy_diffusion.training.checkpoint import load_checkpoint
 from easy_diffusion.training.data_loader import make_loader
 from easy_diffusion.training.trainer import train
 
-CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
 
 # ---------------------------------------------------------------- the training
 

@@ -78,7 +78,7 @@ def run_and_report(checkpoint, steps_done):
 
 def test_killed_at_random_moments_it_ends_with_the_weights_of_an_uninterrupted_training(tmp_path):
     """It resumes optimizers, discriminator (which joins at step 10), EMA, noise and data order."""
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     rng = np.random.default_rng(0)
 
     def start(name):
