@@ -29,6 +29,7 @@ from datasets.dishes import dish_names, draw_dish
 
 from .diffusion.flow_matching import flow_euler
 from .diffusion.guidance import clipped, guided
+from .diffusion.prediction import Prediction
 from .diffusion.samplers import ddim
 from .images import contact_sheet, to_uint8
 from .inpainting.latent_repaint import make_latent_inpainter
@@ -37,6 +38,7 @@ from .latent_space import decode_to_uint8
 from .networks.autoencoder import Autoencoder
 from .networks.fast_unet import make_fast
 from .presets import REPAINT, SIZE
+from .training.cuda_graphs import CudaGraphs
 from .training.distributed import autocast
 
 
@@ -51,7 +53,8 @@ def guided_denoiser(
     The unconditional caption is `encoder.uncond`, or "" if the encoder has no such attribute.
     It computes in bfloat16 where the hardware supports it. A UNet is called through FastUNet.
     """
-    with autocast(next(network.parameters()).device):
+    device = next(network.parameters()).device
+    with autocast(device):
         context, mask = encoder(names)                      # [B, L, D], [B, L]
         uncond = getattr(encoder, "uncond", "")
         context_uncond, mask_uncond = encoder([uncond])     # [1, L, D], [1, L]
@@ -62,11 +65,20 @@ def guided_denoiser(
     if clip:
         denoise = clipped(denoise, diffusion.schedule)
 
-    def denoise_autocast(x_t, t):
-        with autocast(x_t.device):
-            return denoise(x_t, t)
+    def denoise_autocast(inputs):
+        with autocast(inputs["x_t"].device):
+            return denoise(**inputs)
 
-    return denoise_autocast
+    graphs = CudaGraphs(denoise_autocast, device)
+
+    def denoise_replayed(x_t, t):
+        inputs = {"x_t": x_t, "t": t}
+        if device.type != "cuda" or torch.is_grad_enabled():
+            return denoise_autocast(inputs)
+        # The next call overwrites what this one returns.
+        return Prediction(*(None if value is None else value.clone() for value in graphs(inputs)))
+
+    return denoise_replayed
 
 
 def sample_names(

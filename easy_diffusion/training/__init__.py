@@ -15,6 +15,7 @@ The files, in reading order:
     loss_history.py        all losses, smoothed, and of each quarter of the noise schedule
     health.py              non-finite losses and spikes: skip, roll back, give up
     memory.py              out of memory: micro-batches; the largest batch that fits
+    cuda_graphs.py         the operations of a step, recorded once and replayed by a GPU
     weight_casts.py        mixed precision with a single cast of all weights
     operations.py          the operations of a step, counted by name
     distributed.py         what processes exchange; the fastest precision; a check of the GPU
@@ -46,6 +47,7 @@ from .checkpoint import (
     save_or_warn,
 )
 from .clock import TrainingClock
+from .cuda_graphs import CudaGraphs
 from .data_loader import (
     Batch,
     BatchDataset,
@@ -136,6 +138,7 @@ __all__ = [
     "Batch",
     "BatchDataset",
     "CsvLog",
+    "CudaGraphs",
     "FinetuneStep",
     "LossHistory",
     "MicroBatches",

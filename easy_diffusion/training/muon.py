@@ -67,6 +67,8 @@ class Muon(torch.optim.Optimizer):
     learning_rate: η, as for AdamW.
     momentum: μ.
     weight_decay: λ, as for AdamW.
+
+    The attribute `orthogonalize_all` is the function of this file, or a faster one in its place.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Muon(torch.optim.Optimizer):
     ):
         defaults = {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(parameters, defaults)
+        self.orthogonalize_all = orthogonalize_all
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
@@ -98,7 +101,7 @@ class Muon(torch.optim.Optimizer):
             momenta = [self._momentum(parameter) for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - mu)            # M ← μ M + (1 - μ) G
             directions = torch._foreach_lerp(gradients, momenta, mu)    # (1 - μ) G + μ M
-            updates = orthogonalize_all(directions)
+            updates = self.orthogonalize_all(directions)
             scales = [-learning_rate * 0.2 * max(matrix_shape(p)) ** 0.5 for p in parameters]
             torch._foreach_mul_(updates, scales)
             torch._foreach_mul_(parameters, 1 - learning_rate * group["weight_decay"])

@@ -13,7 +13,7 @@ before by more than the standard error of the difference, with s² the sample va
     mean_previous - mean_recent < sqrt((s²_previous + s²_recent) / n)
 
 SGD with a tiny learning rate then takes over, see `OptimizerPhases`. The file needs torch and,
-beside it, muon.py.
+beside it, cuda_graphs.py and muon.py.
 
 >>> layer = torch.nn.Linear(4, 4)
 >>> optimizers = build_optimizers(list(layer.parameters()), 1e-3, muon_learning_rate=2e-3)
@@ -31,7 +31,8 @@ import statistics
 
 import torch
 
-from .muon import Muon
+from .cuda_graphs import CudaGraphs
+from .muon import Muon, orthogonalize_all
 
 
 def build_optimizers(
@@ -59,6 +60,12 @@ def build_optimizers(
         return [(adamw, learning_rate)]
     muon = Muon(matrices, muon_learning_rate, weight_decay=weight_decay)
     return [(adamw, learning_rate), (muon, muon_learning_rate)]
+
+
+def record_orthogonalize_all(device):
+    """Muon's `orthogonalize_all`, as a CUDA graph on the device."""
+    graphs = CudaGraphs(lambda named: orthogonalize_all(list(named.values())), device)
+    return lambda tensors: graphs(dict(enumerate(tensors)))
 
 
 def set_learning_rates(optimizers: list[tuple], lr_multiplier: float) -> None:
@@ -179,6 +186,12 @@ class OptimizerPhases:
         ]
         self.phase = plateau.phase
         self.plateau = plateau
+
+    def record_graphs(self, device) -> None:
+        """Let Muon replay its iteration as a CUDA graph."""
+        for optimizer, _ in self.adamw:
+            if isinstance(optimizer, Muon):
+                optimizer.orthogonalize_all = record_orthogonalize_all(device)
 
     @property
     def current(self) -> list[torch.optim.Optimizer]:

@@ -120,6 +120,7 @@ class TrainingOptions:
         checkpoints. ImportanceTimesteps in diffusion/timesteps.py has all four.
     micro_batches: number of parts into which a batch is split, to save memory.
     compile: whether the network is compiled with torch.compile.
+    graphs: whether losses and gradients are recorded as a CUDA graph; on a single GPU only.
     seed: of timesteps, dropped captions, noise and dropout; that of the batches is an argument of
         `make_loader`, and the initial weights are the caller's.
     accelerator: for the device, the precision and the processes; None: `default_accelerator`.
@@ -133,6 +134,7 @@ class TrainingOptions:
     timesteps: Callable = uniform_timesteps
     micro_batches: int = 1
     compile: bool = False
+    graphs: bool = True
     seed: int = 0
     accelerator: object = None
 

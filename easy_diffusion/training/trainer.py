@@ -10,6 +10,7 @@ what a long training needs, each in a file of its own:
     checkpoints          A killed run resumes at its last checkpoint (checkpoint.py).
     several processes    They learn what one learns with a larger batch (distributed.py).
     one training         A second one with the same checkpoint is refused (lock.py).
+    CUDA graphs          A GPU replays the losses and gradients of a step (cuda_graphs.py).
 
 With a loader of `make_loader` a run that was killed ends with the weights of an unbroken run: on a
 CPU bit for bit, unless its length is given in minutes; see draws.py.
@@ -41,6 +42,7 @@ import torch
 
 from .checkpoint import load_training, save_training
 from .clock import TrainingClock
+from .cuda_graphs import CudaGraphs, caption_inputs, has_caption_inputs
 from .data_loader import Batch, infinite_batches, normalize_pixels, prepare_loader, unpack_batch
 from .distributed import (
     any_rank,
@@ -128,6 +130,15 @@ class Trainer:
         self.micro_batches = MicroBatches(options.micro_batches)
         self.notes = []                     # of the current step
 
+        # A single GPU replays losses and gradients as a CUDA graph.
+        self.graphs = None
+        single_gpu = self.device.type == "cuda" and self.world_size == 1
+        if options.graphs and single_gpu and has_caption_inputs(encoder):
+            self.graphs = CudaGraphs(
+                self.add_gradients, self.device, self.parameters, [self.draws.noise_generator]
+            )
+            self.optimizers.record_graphs(self.device)
+
     def run(self) -> Iterator[TrainingStep]:
         """Train until the steps or the minutes are over; yield every step."""
         first_index = self.restore()
@@ -190,37 +201,60 @@ class Trainer:
         return losses
 
     def backpropagate(self, index: int, batch: Batch) -> BatchLosses:
-        """Add up the gradients of the micro-batches of this process's batch."""
-        for parameter in self.parameters:
-            parameter.grad = None
+        """Compute the losses of this process's batch and the gradient of their mean."""
         t, captions = self.draws.start_step(index, batch)
         weights = torch.ones(len(t), device=self.device)
         if hasattr(self.options.timesteps, "weights"):
             weights = self.options.timesteps.weights(t).to(self.device, non_blocking=True)
 
+        inputs = {"images": batch.images, "t": t, "weights": weights}
+        inputs |= {f"extra {name}": extra for name, extra in batch.extras.items()}
+        with self.draws.dropout_rng(index):
+            if self.graphs is None:
+                losses = self.add_gradients(inputs | {"captions": captions})
+            else:
+                losses = self.graphs(inputs | caption_inputs(self.encoder, captions))
+        return BatchLosses(losses, t, weights)
+
+    def add_gradients(self, inputs: dict) -> torch.Tensor:
+        """Add up the gradients of the micro-batches; return the losses [B]."""
+        for parameter in self.parameters:
+            parameter.grad = None
         losses = []
-        with self.draws.dropout_rng(index), self.weight_casts.apply():
-            for part in self.micro_batches.slices(len(t)):
-                extras = {name: extra[part] for name, extra in batch.extras.items()}
-                loss = self.compute_losses(batch.images[part], captions[part], extras, t[part])
+        batch_size = len(inputs["t"])
+        with self.weight_casts.apply():
+            for part in self.micro_batches.slices(batch_size):
+                micro_batch = {name: values[part] for name, values in inputs.items()}
+                loss = self.compute_losses(micro_batch)                         # [M]
                 # 1 / B, not 1 / M, so that the gradients of the micro-batches add up to the mean.
-                mean_loss = (loss * weights[part].to(loss)).sum() / len(t)
+                mean_loss = (loss * micro_batch["weights"].to(loss)).sum() / batch_size
                 self.scaler.scale(mean_loss).backward()
                 losses.append(loss.detach())
-        return BatchLosses(torch.cat(losses), t, weights)
+        return torch.cat(losses)
 
-    def compute_losses(self, images, captions, extras, t) -> torch.Tensor:
+    def compute_losses(self, inputs: dict) -> torch.Tensor:
         """Return the loss of each of M images, [M], with a graph for its gradient."""
-        x0 = self.to_device(images).float()                                     # [M, C, H, W]
-        extras = {name: self.to_device(extra) for name, extra in extras.items()}
-        t = t.to(self.device, non_blocking=True)                                # [M]
-        context = mask = None
+        x0 = self.to_device(inputs["images"]).float()                           # [M, C, H, W]
+        t = inputs["t"].to(self.device, non_blocking=True)                      # [M]
+        extras = {
+            name.removeprefix("extra "): self.to_device(values)
+            for name, values in inputs.items() if name.startswith("extra ")
+        }
         with self.accelerator.autocast():
-            if self.encoder is not None:
-                context, mask = self.encoder(captions)                          # [M, L, D], [M, L]
+            context, mask = self.encode_captions(inputs)                        # [M, L, D], [M, L]
             with_extras = partial(self.network, **extras)
             noise_generator = self.draws.noise_generator
             return self.diffusion.loss(with_extras, x0, t, context, mask, noise_generator)
+
+    def encode_captions(self, inputs: dict) -> tuple:
+        """Return context and mask of the captions, or of what `caption_inputs` made of them."""
+        if self.encoder is None:
+            return None, None
+        if "captions" in inputs:
+            return self.encoder(inputs["captions"])
+        if "tokens" in inputs:
+            return self.encoder.encode(inputs["tokens"].to(self.device, non_blocking=True))
+        return inputs["context"], inputs["mask"]
 
     def to_device(self, values: torch.Tensor) -> torch.Tensor:
         """Move a tensor of a batch to the device; pixels become [-1, 1]."""
