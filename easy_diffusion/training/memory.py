@@ -169,7 +169,8 @@ def find_largest_batch(
             return False
         # A list, because a step that succeeds may return None.
         result = catch_out_of_memory(lambda: [step(images)])
-        gc.collect()        # a Trainer refers to itself, so this alone frees its tensors
+        if torch.cuda.is_available():
+            gc.collect()    # a Trainer refers to itself, so this alone frees its tensors
         return all_agree(result is not None)
 
     while fits == 0 or 2 * fits <= max_batch:
