@@ -57,6 +57,11 @@ DECODE_ERRORS = (
 )
 MAX_ASPECT_RATIO = 20  # longer side : shorter side; a more elongated image is not a photograph
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+# Files and folders that macOS, Windows and network disks (Synology) add.
+SYSTEM_NAMES = (
+    "__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information",
+    "@eaDir", "#recycle",
+)
 
 
 class AiposFood(torch.utils.data.Dataset):
@@ -135,8 +140,9 @@ def list_photos(folder) -> list[tuple[Path, str]]:
     """List (file, dish name) for every photograph of a folder, sorted.
 
     Accepts both layouts of the module's docstring; of a HowToCook dish only the photograph of the
-    finished dish is listed. Hidden files and folders are left out; images in deeper folders, too,
-    with a warning that counts them. Raises FileNotFoundError if the folder does not exist.
+    finished dish is listed. Hidden files and folders are left out. So are images that are not in a
+    folder of a dish, or deeper, with a warning that counts them. Raises FileNotFoundError if the
+    folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -145,26 +151,27 @@ def list_photos(folder) -> list[tuple[Path, str]]:
         folder = folder / "dishes"
 
     photos = []
-    deeper = 0
+    misplaced = [path for path in folder.iterdir() if is_image(path)]
     for path in folder.glob("*/*"):
         if is_hidden(path.parent) or is_hidden(path):
             continue
-        if path.is_file():
+        if not path.is_dir():
             # A photograph in the folder of a dish; or, in HowToCook, a recipe without photographs,
             # which stands directly in the folder of a category.
             if path.suffix != ".md":
                 photos.append((path, path.parent.name))
-        elif path.is_dir() and any(path.glob("*.md")):
+        elif any(path.glob("*.md")):
             # HowToCook: the folder of a dish, with its recipe, in the folder of a category.
             finished = find_finished_dish(path)
             if finished is not None:
                 photos.append((finished, path.name))
-        elif path.is_dir():
-            deeper += sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
-    if deeper:
+        else:
+            misplaced += [file for file in path.rglob("*") if is_image(file)]
+    if misplaced:
+        example = min(misplaced).relative_to(folder)
         warnings.warn(
-            f"{deeper} images are skipped, because they are deeper than one folder per dish in "
-            f"{folder}",
+            f"{len(misplaced)} images, such as {example}, are skipped: an image must be in the"
+            f" folder of its dish, one level below {folder}",
             stacklevel=2,
         )
     return sorted(photos)
@@ -172,7 +179,12 @@ def list_photos(folder) -> list[tuple[Path, str]]:
 
 def is_hidden(path: Path) -> bool:
     """Whether a file or folder is of a program's own, such as .ipynb_checkpoints or __MACOSX."""
-    return path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    return path.name.startswith(".") or path.name in SYSTEM_NAMES
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path has the name of an image file that is not hidden."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path)
 
 
 def find_finished_dish(folder: Path) -> Path | None:
@@ -263,10 +275,13 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
 
     Integers are taken for 16 bits, 0 … 65535. Floats are taken for 0 … 1 if none is above 1, else
     for 0 … 255 or, if any is above 255, 0 … 65535. An image of another mode is returned unchanged.
+    Raises ValueError for values that are not finite.
     """
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.nan_to_num(np.asarray(image, np.float64))  # [H, W]
+    values = np.asarray(image, np.float64)  # [H, W]
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are not finite")
     white = 65535.0
     if image.mode == "F" and values.max() <= 255:
         white = 1.0 if values.max() <= 1 else 255.0

@@ -37,6 +37,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 from .aipos import load_photo
 from .aipos_lmdb import MAX_SIZE
@@ -56,11 +57,12 @@ def read_table(table) -> tuple[list[str], int, Iterable[dict | str]]:
     table = Path(table)
     if not table.is_file():
         raise FileNotFoundError(f"no table {table}")
-    if table.suffix == ".parquet":
+    suffix = table.suffix.lower()
+    if suffix == ".parquet":
         return _read_parquet(table)
-    if table.suffix == ".csv":
+    if suffix == ".csv":
         return _read_csv(table)
-    if table.suffix == ".jsonl":
+    if suffix == ".jsonl":
         return _read_jsonl(table)
     raise ValueError(f"a table is .csv, .jsonl or .parquet, not {table.name}")
 
@@ -81,11 +83,12 @@ def _read_csv(table: Path):
     first_line = text.split("\n", 1)[0]
     delimiter = max(",\t;", key=first_line.count)  # Excel writes all three
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
     try:
         rows = list(reader)
     except csv.Error as error:
         raise ValueError(f"{table}, line {reader.line_num}: {error}") from error
-    return reader.fieldnames or [], len(rows), rows
+    return reader.fieldnames, len(rows), rows
 
 
 def _read_jsonl(table: Path):
@@ -106,6 +109,9 @@ def _read_text(table: Path) -> str:
     content = table.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", "replace")
+    if b"\0" in content:  # UTF-16 without its mark; the high byte of a line's end is zero
+        little_endian = content.count(b"\n\0") >= content.count(b"\0\n")
+        return content.decode("utf-16-le" if little_endian else "utf-16-be", "replace")
     text = content.decode("utf-8-sig", "replace")
     non_ascii = sum(character > "\x7f" for character in text)
     # Of a Chinese text in GB 18030, hardly any character is valid UTF-8.
@@ -185,7 +191,7 @@ def _list_samples(table: Path, rows, caption_column: str, image_column: str) -> 
         if not isinstance(captions, list):
             captions = [captions]
         for caption in captions or [None]:  # an image may have several: a record for each
-            if isinstance(caption, str) and table.suffix != ".csv":
+            if isinstance(caption, str) and table.suffix.lower() != ".csv":
                 caption = " ".join(caption.split())  # a caption of several lines
             reason = _why_unusable(image, caption, caption_column)
             if reason is not None:
@@ -197,9 +203,26 @@ def _list_samples(table: Path, rows, caption_column: str, image_column: str) -> 
 
 
 def find_image(folder: Path, name: str) -> Path:
-    """The path of an image file that a table names; a table of Windows has backslashes in it."""
-    path = folder / name
-    return path if path.exists() else folder / name.replace("\\", "/")
+    """The path of an image file that a table names.
+
+    A table of Windows has backslashes in it, and its letters may be of another case than those of
+    the file; a file from macOS may have its accents apart (NFD).
+    """
+    path = folder / name.strip()
+    if path.exists():
+        return path
+    path = folder
+    for part in name.strip().replace("\\", "/").split("/"):
+        if not (path / part).exists() and path.is_dir():
+            matches = [file.name for file in path.iterdir() if same_name(file.name, part)]
+            part = min(matches, default=part)
+        path = path / part
+    return path
+
+
+def same_name(name: str, other: str) -> bool:
+    """Whether Windows or macOS takes two file names for the same."""
+    return normalize("NFC", name).casefold() == normalize("NFC", other).casefold()
 
 
 def _why_unusable(image, caption, caption_column: str) -> str | None:

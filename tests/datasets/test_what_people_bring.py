@@ -47,6 +47,26 @@ def test_a_path_with_backslashes(tmp_path):
     assert build(tmp_path / "table.csv", tmp_path / "store") == (1, {})
 
 
+@pytest.mark.parametrize(
+    "name", ["IMG/café.PNG", "img\\Cafe\u0301.png", " img/café.png ", "./img/café.png"]
+)
+def test_a_path_of_another_system_is_found(tmp_path, name):
+    (tmp_path / "img").mkdir()
+    random_image(0).save(tmp_path / "img" / "café.png")
+    (tmp_path / "TABLE.CSV").write_text(f"file_name , text\n{name},鼠\n", "utf-8")
+    assert build(tmp_path / "TABLE.CSV", tmp_path / "store") == (1, {})
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_utf_16_without_its_mark(tmp_path, encoding, line_end):
+    random_image(0).save(tmp_path / "1.png")
+    lines = ["file_name,text", "1.png,番茄炒鸡蛋", ""]
+    (tmp_path / "table.csv").write_bytes(line_end.join(lines).encode(encoding))
+    assert build(tmp_path / "table.csv", tmp_path / "store") == (1, {})
+    assert list(read_captions(tmp_path / "store")) == ["番茄炒鸡蛋"]
+
+
 def test_several_captions_of_an_image_are_several_records(tmp_path):
     random_image(0).save(tmp_path / "1.png")
     rows = [
@@ -72,15 +92,16 @@ def test_a_caption_of_several_lines_is_joined_by_spaces(tmp_path):
 # ---------------------------------------------------------------- folders and commands
 
 
-def test_hidden_folders_are_left_out_and_deeper_images_are_counted(tmp_path):
+def test_hidden_folders_are_left_out_and_misplaced_images_are_counted(tmp_path):
     for name in (
         "番茄汤/1.png", "番茄汤/.1.png", ".ipynb_checkpoints/2.png", "__MACOSX/3.png",
-        "番茄汤/more/4.png", "土豆汤/a/b/5.png",
+        "@eaDir/3.png", "$RECYCLE.BIN/3.png", "番茄汤/more/4.png", "番茄汤/more/.4.png",
+        "土豆汤/a/b/5.png", "6.png", ".6.png",
     ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         random_image(0).save(path)
-    with pytest.warns(UserWarning, match="2 images are skipped, because they are deeper"):
+    with pytest.warns(UserWarning, match="3 images, such as 6.png, are skipped: an image must"):
         assert list_photos(tmp_path) == [(tmp_path / "番茄汤" / "1.png", "番茄汤")]
 
 
@@ -121,11 +142,22 @@ def test_every_depth_is_scaled_by_its_own_range(tmp_path, value, dtype, suffix, 
     assert load_photo(path, 8).tolist() == np.full((8, 8, 3), expected).tolist()
 
 
-def test_values_that_are_not_finite_are_black_and_white():
-    values = np.array([[np.nan, np.inf], [-np.inf, 0.5]], np.float32)
-    levels = np.asarray(to_eight_bits(Image.fromarray(values)))
-    assert levels[0, 0] == levels[1, 0] == 0
-    assert levels[0, 1] == 255
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    values = np.array([[0.5, value]], np.float32)
+    with pytest.raises(ValueError, match="not finite"):
+        to_eight_bits(Image.fromarray(values))
+
+
+def test_a_link_to_nowhere_is_skipped_with_its_reason(tmp_path):
+    (tmp_path / "food" / "汤").mkdir(parents=True)
+    random_image(0).save(tmp_path / "food" / "汤" / "1.png")
+    (tmp_path / "food" / "汤" / "2.png").symlink_to(tmp_path / "nowhere")
+    total, skipped = aipos_lmdb.build_store(
+        tmp_path / "food", tmp_path / "store", 8, show_progress=False
+    )
+    assert total == 1
+    assert "No such file" in "".join(skipped.values())
 
 
 # ---------------------------------------------------------------- stores
