@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from .command_line import check_ranges
+from .networks.text_encoder import CnClipEncoder
 from .presets import BATCH, DISHES, GPU_BATCH, SIZE, default_minutes
 from .train_setup import LOSS_WEIGHTS, TEXT_HEADS, TIMESTEPS
 from .training.distributed import fast_precision
@@ -416,6 +417,8 @@ def check_files(parser: argparse.ArgumentParser, options) -> None:
             parser.error(f"--{name} {path} does not exist")
     if options.cn_clip and not options.data:
         parser.error("--cn-clip saves token embeddings in a store: choose one with --data")
+    if options.cn_clip:
+        check_cn_clip(parser, options.cn_clip)
     if options.data is None and options.batch_size != "auto":
         if options.batch_size > options.dishes:
             parser.error(
@@ -430,6 +433,18 @@ def check_files(parser: argparse.ArgumentParser, options) -> None:
             json.loads(run.read_text("utf-8"))
         except ValueError as error:
             parser.error(f"{run} is damaged: {error}; delete it, or use another --out")
+
+
+def check_cn_clip(parser: argparse.ArgumentParser, source: str) -> None:
+    """End the program with a message if the file of Chinese CLIP cannot be loaded."""
+    from cn_clip.clip import available_models
+
+    if source in available_models() and not Path(source).exists():
+        return
+    try:
+        CnClipEncoder(source)
+    except (OSError, ValueError) as error:
+        parser.error(f"--cn-clip {source}: {error}")
 
 
 def is_tensorboard_installed() -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from easy_diffusion import demo, train_demo
 from easy_diffusion.command_line import check_ranges, check_writable, run_command
@@ -27,6 +28,25 @@ def test_help_is_printed_on_a_console_without_chinese_characters(command):
     done = run(f"easy_diffusion.{command}", "--help", env=WESTERN)
     assert done.returncode == 0, done.stderr.decode("cp1252")
     assert b"--weights" in done.stdout or b"--data" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["aipos_lmdb", "table_lmdb", "pokemon_lmdb"])
+def test_a_store_is_written_on_a_console_without_chinese_characters(module, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "番茄汤").mkdir(parents=True)
+    Image.new("RGB", (20, 20), "red").save(photos / "番茄汤" / "番茄.png")
+    (photos / "番茄汤" / "坏.png").write_bytes(b"not an image")
+    source = photos
+    if module != "aipos_lmdb":
+        source = photos / "表.csv"
+        names = ("番茄汤/番茄.png", "番茄汤/坏.png")
+        lines = ["file_name,text", *(f"{name},番茄汤" for name in names)]
+        source.write_text("\n".join(lines), "utf-8")
+    for arguments in (["--help"], [str(source), str(tmp_path / "store"), "--size", "16"]):
+        done = run(f"datasets.{module}", *arguments, env=WESTERN)
+        assert done.returncode == 0, done.stderr.decode("cp1252")
+    assert b"1 images in" in done.stdout
+    assert rb"\u574f.png" in done.stdout                        # 坏.png
 
 
 def test_the_demo_runs_on_a_console_without_chinese_characters(tmp_path, random_weights):

@@ -272,6 +272,17 @@ def test_generate_uses_the_trained_network_and_a_finished_run_says_so(tmp_path, 
 # ------------------------------------------------------------------ datasets
 
 
+@pytest.mark.parametrize("content, message", [
+    (None, "no Chinese CLIP at"), (b"not a checkpoint", "X"),
+])
+def test_chinese_clip_is_opened_before_the_data(tmp_path, capsys, content, message):
+    write_store(tmp_path / "store", ["番茄汤"] * 8)
+    if content is not None:
+        (tmp_path / "clip.pt").write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(["--data", str(tmp_path / "store"), "--cn-clip", str(tmp_path / "clip.pt")])
+    assert message in capsys.readouterr().err
+
 def test_photographs_a_store_and_latents_are_distinguished(tmp_path):
     names = ["番茄汤", "清炒土豆", "番茄炒鸡蛋", "牛肉面"] * 2
     for i, name in enumerate(names):
@@ -297,6 +308,11 @@ def test_photographs_a_store_and_latents_are_distinguished(tmp_path):
         weights = load_checkpoint(out / "model.safetensors")["models"]
         assert weights["network.conv_in.weight"].shape[1] == channels * patch ** 2
         assert len(read_rows(out / "log.csv")) == 2
+    with pytest.raises(ValueError, match="latents: --generate needs --autoencoder"):
+        main([
+            *SMALL_NETWORK, "--data", str(tmp_path / "latents"), "--out", str(out), "--size", "32",
+            "--generate", "番茄汤", "--allow-changes",
+        ])
 
 
 def test_long_captions_are_encoded(tmp_path):

@@ -28,6 +28,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -38,6 +39,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+# What safetensors, zipfile and the readers of pickles raise for a file of random bytes.
+READ_ERRORS = (
+    SafetensorError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+)
 HEADER = "easy_diffusion"  # the key of the tree's JSON in the metadata of the safetensors file
 
 
@@ -257,8 +271,9 @@ def read_tensors(path) -> dict[str, torch.Tensor]:
             state = {name: tensor.clone() for name, tensor in load_file(path).items()}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged, or holds more than tensors: {error}") from error
+    except (*READ_ERRORS, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged, or holds more than tensors: {reason}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
@@ -275,17 +290,7 @@ def open_tensors(path) -> dict[str, Callable[[], torch.Tensor]]:
             file = safe_open(path, framework="pt")
             return {name: partial(file.get_tensor, name) for name in file.keys()}
         return _open_pickle(path)
-    except (
-        SafetensorError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except READ_ERRORS as error:
         raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
 
 

@@ -5,6 +5,7 @@ test_stable_diffusion_weights.py.
 """
 
 import os
+import random
 
 import pytest
 import torch
@@ -168,6 +169,19 @@ def test_read_tensors_refuses_a_pickle_with_code(tmp_path):
         torch.save(content, tmp_path / f"{name}.pt")
         with pytest.raises(ValueError, match=f"{name}.pt is damaged, or holds more than tensors"):
             read_tensors(tmp_path / f"{name}.pt")
+
+
+def test_random_bytes_are_refused_with_one_line(tmp_path):
+    """Two thirds of them begin like a pickle or a zip file."""
+    rng = random.Random(0)
+    for index in range(600):
+        path = tmp_path / f"{index}.pt"
+        start = (b"", b"\x80\x02", b"PK\x03\x04")[index % 3]
+        path.write_bytes(start + rng.randbytes(rng.choice([1, 5, 30, 200])))
+        for read in (read_tensors, open_tensors):
+            with pytest.raises(ValueError, match=f"{index}.pt is damaged") as error:
+                read(path)
+            assert read is open_tensors or "\n" not in str(error.value)
 
 
 def test_read_tensors_reads_both_formats_and_only_tensors(tmp_path):
