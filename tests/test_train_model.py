@@ -380,9 +380,9 @@ def test_torchrun_launches_two_processes(tmp_path):
         "-m", "easy_diffusion.train_model", *SMALL_NETWORK, *SMALL_DISHES, "--out", str(tmp_path),
         "--steps", "3", "--sample-minutes", "0",
     ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONIOENCODING": "utf-8"}
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+        command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300, env=environment
     )
     assert result.returncode == 0, result.stderr
     assert "2 × 4 images per step" in result.stdout

@@ -145,7 +145,7 @@ import sys
 from datasets.caption_embeddings import StoredCaptionEmbeddings
 from datasets.lmdb_store import ImageCaptionStore
 store = ImageCaptionStore(sys.argv[1])
-print([store[i][1] for i in range(5)])
+print(ascii([store[i][1] for i in range(5)]))
 print(StoredCaptionEmbeddings(sys.argv[1])([""])[1].tolist())
 """
     command = [sys.executable, "-c", program, str(folder)]
@@ -161,5 +161,5 @@ print(StoredCaptionEmbeddings(sys.argv[1])([""])[1].tolist())
     result = subprocess.run(command, capture_output=True, text=True)
     folder.chmod(0o755)
     assert result.returncode == 0, result.stderr
-    assert str([dishes[i][1] for i in range(5)]) in result.stdout
+    assert ascii([dishes[i][1] for i in range(5)]) in result.stdout
     assert not (folder / "lock.mdb").exists()

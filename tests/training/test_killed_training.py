@@ -205,7 +205,8 @@ def run_to_the_end(log, world_size=1, **options):
 def run_and_kill(log, min_steps, rng, world_size=1, **options):
     """Kill a run at a random moment after some steps of its own; False if it ended before.
 
-    min_steps: number of these steps; with 0 it is killed while it starts.
+    min_steps: number of these steps; with 0 it is killed while it starts. Every other run with some
+        steps is killed as soon as it is seen to write a checkpoint.
     """
     processes, done, _ = start(log, world_size, **options)
     first = 0
@@ -215,7 +216,12 @@ def run_and_kill(log, min_steps, rng, world_size=1, **options):
         if not all(process.is_alive() for process in processes):
             break
         time.sleep(0.0005)
-    time.sleep(rng.uniform(0, 0.012 if min_steps else 0.1))
+    if min_steps and rng.random() < 0.5:
+        folder = options["checkpoint"].parent
+        while not any(folder.glob("*.writing")) and all(p.is_alive() for p in processes):
+            pass
+    else:
+        time.sleep(rng.uniform(0, 0.012 if min_steps else 0.1))
     for process in rng.sample(processes, len(processes)):
         process.kill()
     for process in processes:
