@@ -203,3 +203,27 @@ def test_a_photograph_is_cropped_and_has_no_dish(random_weights, tmp_path):
     assert (message, dish) == ("", "")
     assert image.shape == (64, 64, 3)
     assert shown.shape == (512, 512, 3)
+
+
+def test_the_mask_is_that_of_all_brush_layers():
+    layers = [np.zeros((64, 64, 4), np.uint8) for _ in range(2)]
+    layers[0][:8] = 255
+    layers[1][-8:] = 255
+    mask = read_brush({"layers": layers}, 64)
+    assert mask[:8].all()
+    assert mask[-8:].all()
+    assert mask.sum() == 2 * 8 * 64
+
+
+@pytest.mark.parametrize("name, guidance", [("番茄汤", 3.5), ("", 1.0)])
+def test_an_inpainter_has_another_seed_than_the_dish_and_no_guidance_without_a_name(
+    random_weights, monkeypatch, name, guidance
+):
+    received = []
+    monkeypatch.setattr(
+        "easy_diffusion.app_requests.make_model_inpainter",
+        lambda *options: received.append(options),
+    )
+    Requests(load_model(random_weights), 64).make_inpainter(name, 7, 25, 3.5, None)
+    (*_, received_name, steps, received_guidance, seed, _), = received
+    assert (received_name, steps, received_guidance, seed) == (name, 25, guidance, 8)

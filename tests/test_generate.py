@@ -2,12 +2,13 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 
 from easy_diffusion.diffusion.flow_matching import RectifiedFlow
 from easy_diffusion.diffusion.guidance import guided
-from easy_diffusion.generate import generate_images, guided_denoiser
+from easy_diffusion.generate import generate_images, guided_denoiser, make_model_inpainter
 from easy_diffusion.presets import build_networks
 from easy_diffusion.pretrained import load_model
 
@@ -96,3 +97,36 @@ def test_images_need_not_be_square(random_weights):
         model.network, model.encoder, model.diffusion, ["番茄汤"], size=(32, 48), steps=2
     )
     assert images.shape == (1, 32, 48, 3)
+
+
+@pytest.mark.parametrize("size, clip", [(32, True), (64, False)])
+def test_guidance_is_passed_on_and_latents_are_not_clipped(random_weights, monkeypatch, size, clip):
+    model = load_model(random_weights, size)
+    received = []
+
+    def record(network, encoder, diffusion, names, guidance, clip=True):
+        received.append((names, guidance, clip))
+        return guided_denoiser(network, encoder, diffusion, names, guidance, clip)
+
+    monkeypatch.setattr("easy_diffusion.generate.guided_denoiser", record)
+    generate_images(
+        model.network, model.encoder, model.diffusion, ["番茄汤"], size, steps=1, guidance=3.5,
+        autoencoder=model.autoencoder,
+    )
+    make_model_inpainter(*model, "清炒土豆", steps=4, guidance=1.5)
+    assert received == [(["番茄汤"], 3.5, clip), (["清炒土豆"], 1.5, clip)]
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_what_is_inpainted_depends_on_the_seed_alone(random_weights, monkeypatch, size):
+    monkeypatch.setattr("easy_diffusion.generate.REPAINT", dict(jump=1, resamples=1))
+    model = load_model(random_weights, size)
+    image = np.full((size, size, 3), 128, np.uint8)
+    mask = np.zeros((size, size), bool)
+    mask[:, size // 2:] = True
+
+    def inpaint(seed):
+        return make_model_inpainter(*model, "", steps=2, guidance=1.0, seed=seed)(image, mask)
+
+    assert np.array_equal(inpaint(3), inpaint(3))
+    assert not np.array_equal(inpaint(3), inpaint(4))

@@ -45,3 +45,22 @@ def test_a_contact_sheet_refuses_floats_and_four_channels():
     for image in (np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8)):
         with pytest.raises(ValueError, match="images must be uint8"):
             contact_sheet([[image]], ["汤"])
+
+
+def test_each_grey_level_comes_back_from_minus_1_to_1_unchanged():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    images = to_uint8(levels.float() / 127.5 - 1)
+    assert np.array_equal(images[0, :, :, 0], levels[0, 0].numpy())
+    assert to_uint8(torch.full((1, 1, 1, 1), 0.4 / 127.5)).max() == 128     # of 127.9
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_contact_sheet_shows_a_long_image_in_the_middle_of_its_square(tall):
+    """Square and gap have 64 and 6 pixels; the image is scaled to 64 × 16."""
+    image = np.zeros((32, 128, 3), np.uint8)
+    sheet = contact_sheet([[image.transpose(1, 0, 2) if tall else image]], [""], side=64)
+    square = np.asarray(sheet)[6:70, 6:70, 0]
+    square = square.T if tall else square
+    assert (square[24:40] == 0).all()
+    assert (square[:24] == 255).all()
+    assert (square[40:] == 255).all()

@@ -241,6 +241,16 @@ def test_the_loader_encodes_in_its_own_process_and_in_workers(images, autoencode
     assert float(eps.square().mean()) == pytest.approx(1, abs=0.15)
 
 
+def test_each_image_of_a_batch_is_encoded_with_its_own_eps_at_each_call(autoencoder):
+    image, caption = Dishes(1, 32)[0]
+    collate = EncodingCollate(autoencoder)
+    z = torch.cat([collate([(image, caption)] * 4)[0] for _ in range(2)])       # [8, 4, 8, 8]
+    mean, std = make_encoder(autoencoder)(image[None])
+    eps = ((z - mean) / std).flatten(1)                                         # [8, 256]
+    correlations = torch.corrcoef(eps) - torch.eye(8)
+    assert correlations.abs().max() < 0.4                   # standard error: 1 / 16
+
+
 def use_cuda(queue):
     try:
         torch.zeros(1, device="cuda")

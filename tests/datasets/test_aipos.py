@@ -98,3 +98,30 @@ def test_a_network_learns_from_real_photographs_in_a_few_steps():
     )
     losses = [step.loss for step in steps]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_half_of_the_accesses_mirror_left_and_right(folder):
+    original, _ = AiposFood(folder, size=32)[0]
+    flipping = AiposFood(folder, size=32, flip=True)
+    torch.manual_seed(0)
+    images = [flipping[0][0] for _ in range(30)]
+    unflipped_count = sum(torch.equal(image, original) for image in images)
+    flipped_count = sum(torch.equal(image, original.flip(2)) for image in images)
+    assert unflipped_count + flipped_count == 30
+    assert min(unflipped_count, flipped_count) > 5
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_random_crop_lies_anywhere_along_the_longer_side(tmp_path, axis):
+    """The brightness rises from 0 to 239 along the longer side, of three squares."""
+    (tmp_path / "汤").mkdir()
+    levels = np.arange(240, dtype=np.uint8).repeat(80).reshape(240, 80)
+    pixels = levels if axis == 0 else levels.T
+    Image.fromarray(np.stack([pixels] * 3, axis=-1)).save(tmp_path / "汤" / "1.png")
+    torch.manual_seed(0)
+    cropping = AiposFood(tmp_path, size=32, crop="random")
+    means = torch.stack([cropping[0][0].float().mean() for _ in range(40)])
+    # The mean of a square is that of its middle, 40 … 199; it is at the edges in 1 of 5 accesses.
+    assert 39 <= means.min() < 60
+    assert 180 < means.max() <= 200
+    assert AiposFood(tmp_path, size=32)[0][0].float().mean() == pytest.approx(119.5, abs=1)

@@ -183,3 +183,16 @@ def test_the_log_likelihood_is_the_log_density(single_gaussian):
     assert float(-ours.mean()) == pytest.approx(entropy, abs=0.1)
     standard_error = float((ours - exact).std()) / 2000 ** 0.5
     assert float((ours - exact).mean()) == pytest.approx(0, abs=4 * standard_error + 1e-3)
+
+
+def test_the_log_likelihood_is_integrated_from_the_given_start():
+    """A denoiser that divides by sigma_t has no value at t = 0."""
+    times = []
+
+    def denoise(x_t, t):
+        times.append(float(t[0]))
+        return Prediction(x0=x_t / 2, eps=x_t)
+
+    flow_log_likelihood(denoise, torch.zeros(2, 1, 2, 2), steps=3, start=0.25)
+    assert min(times) == 0.25
+    assert max(times) == 1

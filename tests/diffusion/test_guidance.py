@@ -34,6 +34,23 @@ def test_guidance_equals_its_formula_for_eps_and_x0_agrees():
     torch.testing.assert_close(unguided.x0, cond.x0, rtol=0, atol=0)
 
 
+def test_the_variance_is_that_of_the_conditional_prediction():
+    """Clipping keeps it, and rescaling, too."""
+    def denoise_with(log_variance):
+        def denoise(x, t):
+            return Prediction(x, x.sin(), torch.full_like(x, log_variance))
+
+        return denoise
+
+    x, t = make_x_T(), torch.tensor([400, 400])
+    for rescale in (0.0, 0.5):
+        denoise = guided(
+            denoise_with(-3.0), denoise_with(-8.0), 2.0, rescale=rescale, schedule=COSINE
+        )
+        prediction = clipped(denoise, COSINE)(x, t)
+        assert (prediction.log_variance == -3).all()
+
+
 def test_outside_its_interval_guidance_evaluates_the_conditional_denoiser_only():
     calls = []
 

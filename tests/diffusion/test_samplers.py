@@ -318,6 +318,16 @@ def test_spacings():
     assert spaced_timesteps(10, 10, "trailing") == every_timestep_of_10
 
 
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+def test_karras_timesteps_are_those_nearest_to_the_levels_of_any_rho(rho):
+    sigma_bar = (LINEAR.sigma_t / LINEAR.alpha_t).numpy()
+    low, high = sigma_bar[0] ** (1 / rho), 20 ** (1 / rho)
+    levels = (high + np.linspace(0, 1, 8) * (low - high)) ** rho
+    distances = np.abs(np.log(sigma_bar[:, None] / levels))             # [T, levels]
+    expected = distances.argmin(axis=0).tolist()
+    assert karras_timesteps(LINEAR, 8, rho=rho, sigma_bar_max=20) == expected
+
+
 def test_karras_timesteps_equal_diffusers_rounded_to_integers():
     scheduler = HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02, use_karras_sigmas=True)
     scheduler.set_timesteps(10)

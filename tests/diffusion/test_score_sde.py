@@ -87,6 +87,34 @@ def test_samples_have_the_mean_and_covariance_of_the_data(request, data, sampler
     data.assert_moments(last.mean, mean=0.02, covariance=0.02)
 
 
+def test_the_corrector_asks_for_the_score_at_the_time_at_which_its_step_starts():
+    """The times are 1, 0.8, 0.6, 0.4 and 0.2. Two Langevin steps and the predictor share one."""
+    times = []
+
+    def score(x, t):
+        times.append(float(t[0]))
+        return -x
+
+    steps = predictor_corrector(
+        score, SDE, (3, 2), steps=4, corrections=2, t_min=0.2, dtype=torch.float64
+    )
+    reached = [step.t for step in steps]
+    assert times == pytest.approx([1, 1, 1, 0.8, 0.8, 0.8, 0.6, 0.6, 0.6, 0.4, 0.4, 0.4])
+    assert reached == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("sampler", [euler_maruyama, predictor_corrector])
+def test_sampling_starts_from_noise_with_the_marginal_std_of_t_1(sampler):
+    """With a score of zero the mean of the first step is the initial noise."""
+    options = {} if sampler is euler_maruyama else {"corrections": 0}
+    steps = sampler(
+        lambda x, t: torch.zeros_like(x), SDE, (100_000, 1), steps=2,
+        generator=torch.Generator().manual_seed(0), **options,
+    )
+    # standard error: 0.2%
+    assert float(next(steps).mean.std()) == pytest.approx(marginal_std_at(1.0), rel=0.01)
+
+
 def test_the_langevin_step_has_the_given_ratio_of_score_to_noise():
     """With a constant score, δ score is the mean of the step, and sqrt(2 δ) its std."""
     x = torch.zeros(4000, 30, dtype=torch.float64)

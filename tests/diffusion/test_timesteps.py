@@ -5,6 +5,7 @@ from easy_diffusion.diffusion.timesteps import (
     ImportanceTimesteps,
     logit_normal_time,
     logit_normal_timesteps,
+    uniform_time,
     uniform_timesteps,
 )
 
@@ -33,6 +34,27 @@ def test_logit_normal_times_are_in_range_and_follow_their_distribution():
     assert float(in_the_middle.float().mean()) == pytest.approx(0.728, abs=0.005)
 
 
+@pytest.mark.parametrize("t_min", [1e-3, 0.4])
+def test_uniform_times_begin_at_t_min(t_min):
+    t = uniform_time(100_000, 1000, torch.Generator().manual_seed(0), t_min=t_min)
+    assert t_min <= t.min() < t_min + 1e-4
+    assert 1 - 1e-4 < t.max() <= 1
+    # standard error: at most 0.0009
+    assert float(t.mean()) == pytest.approx((1 + t_min) / 2, abs=0.003)
+
+
+def test_mean_and_std_of_a_logit_normal_distribution_are_those_of_the_logit():
+    def draw(function):
+        t = function(100_000, 1000, torch.Generator().manual_seed(0), mean=-1.0, std=0.5)
+        return t.double() / (1000 if t.dtype == torch.int64 else 1)
+
+    for t in (draw(logit_normal_time), draw(logit_normal_timesteps)):
+        z = torch.logit(t.clamp(1e-4, 1 - 1e-4))
+        # standard errors: 0.002 and 0.001; a rounded timestep is 0.003 too small
+        assert float(z.mean()) == pytest.approx(-1.0, abs=0.01)
+        assert float(z.std()) == pytest.approx(0.5, abs=0.01)
+
+
 def test_importance_sampling_keeps_the_mean_and_reduces_the_variance():
     # As in the variational bound, a few terms make up most of the sum.
     mean_losses = torch.cat([torch.full((5,), 40.0), torch.full((95,), 0.1)])
@@ -57,3 +79,13 @@ def test_importance_sampling_keeps_the_mean_and_reduces_the_variance():
     assert probabilities[0] == pytest.approx(40 / mean_losses.sum().item(), rel=0.15)
     with pytest.raises(ValueError, match="not of 1000"):
         timesteps(4, 1000, generator)
+
+
+def test_importance_sampling_follows_the_root_of_the_second_moment_of_the_last_losses():
+    """The means of the last two losses are equal; their second moments are not."""
+    timesteps = ImportanceTimesteps(2, history=2)
+    for losses in ([100.0, 5.0], [0.0, 5.0], [10.0, 5.0]):      # the first is forgotten
+        timesteps.update(torch.tensor([0, 1]), torch.tensor(losses))
+    roots = torch.tensor([50.0, 25.0], dtype=torch.float64).sqrt()
+    expected = 0.999 * roots / roots.sum() + 0.001 / 2
+    torch.testing.assert_close(timesteps.probabilities(), expected, rtol=1e-12, atol=0)

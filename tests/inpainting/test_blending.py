@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from easy_diffusion.animation.camera import uncover
-from easy_diffusion.inpainting.blending import blend, fill_from_neighbours
+from easy_diffusion.inpainting.blending import blend, fill_from_neighbours, pad_to_multiple
 
 
 def test_masked_pixels_are_filled_from_their_known_neighbours():
@@ -129,3 +129,17 @@ def test_blending_refuses_an_inpainted_image_of_another_shape():
     image = np.zeros((40, 80, 3), np.uint8)
     with pytest.raises(ValueError, match=r"\[40, 80, 3\], not \[40, 3\]"):
         blend(np.zeros((40, 3)), image, np.zeros((40, 80), bool))
+
+
+def test_padding_repeats_the_edge_of_the_image_and_is_to_be_inpainted():
+    image = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3)
+    mask = np.zeros((5, 6), bool)
+    mask[1, 2] = True
+    padded_image, padded_mask = pad_to_multiple(image, mask, 4)
+    assert padded_image.shape == (8, 8, 3)
+    assert np.array_equal(padded_image[:5, :6], image)
+    assert np.array_equal(padded_image[5:, :6], np.stack([image[4]] * 3))
+    assert np.array_equal(padded_image[:5, 7], image[:, 5])
+    assert np.array_equal(padded_mask[:5, :6], mask)
+    assert padded_mask[5:].all()
+    assert padded_mask[:, 6:].all()

@@ -49,3 +49,24 @@ def test_inpainting_in_latent_space_changes_no_pixel_outside_the_mask(autoencode
         x[:, 28:].astype(int) for x in (inpainted, image, zero_decoded)
     )
     assert np.abs(inpainted - zero_decoded).mean() < np.abs(image - zero_decoded).mean()
+
+
+def test_what_lies_under_the_mask_has_no_effect_and_the_generator_has(autoencoder):
+    def denoise(x_t, t):
+        return Prediction(x_t / 2, x_t / 2)
+
+    def inpaint(image, seed):
+        generator = torch.Generator().manual_seed(seed)
+        schedule = NoiseSchedule.cosine(100)
+        inpainter = make_latent_inpainter(
+            denoise, schedule, autoencoder, steps=4, resamples=1, generator=generator
+        )
+        return inpainter(image, mask)
+
+    image = Dishes(1, 32)[0][0].permute(1, 2, 0).numpy()
+    mask = np.zeros((32, 32), bool)
+    mask[:, 20:] = True
+    other = image.copy()
+    other[mask] = 255 - other[mask]
+    assert np.array_equal(inpaint(other, 0), inpaint(image, 0))
+    assert not np.array_equal(inpaint(image, 1), inpaint(image, 0))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_repaint import RePaintScheduler
 
-from easy_diffusion.diffusion.prediction import Prediction
+from easy_diffusion.diffusion.prediction import Prediction, eps_from_x0
 from easy_diffusion.diffusion.samplers import spaced_timesteps
 from easy_diffusion.diffusion.schedule import NoiseSchedule
 from easy_diffusion.inpainting.repaint import make_inpainter, repaint_levels, repaint_sampling
@@ -194,3 +194,18 @@ def test_an_inpainter_refuses_a_wrong_mask_and_returns_an_image_with_an_empty_ma
     for wrong_mask in (np.zeros((10, 8), bool), np.zeros((8, 10), np.uint8)):
         with pytest.raises(ValueError, match=r"\[8, 10\]"):
             inpaint(image, wrong_mask)
+
+
+def test_a_colour_error_of_the_model_is_corrected_inside_the_mask():
+    """It shows where the image is known: the model's prediction covers that, too."""
+    schedule = NoiseSchedule.cosine(100)
+
+    def denoise(x_t, t):                                        # 15 levels too dark
+        x0 = torch.full_like(x_t, 185 / 127.5 - 1)
+        return Prediction(x0, eps_from_x0(x0, x_t, t, schedule))
+
+    image = np.full((24, 32, 3), 200, np.uint8)
+    mask = np.zeros((24, 32), bool)
+    mask[:, 16:] = True
+    result = make_inpainter(denoise, schedule, steps=4, resamples=1)(image, mask)
+    assert abs(result.astype(int) - 200).max() <= 1

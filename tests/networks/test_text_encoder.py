@@ -61,3 +61,11 @@ def test_labels_in_the_place_of_captions_are_named():
     encoder = CharacterEncoder("红黑", dim=32, layers=1)
     with pytest.raises(TypeError, match="a caption must be a str, not 3; labels need an encoder"):
         encoder([3, 1])
+
+
+def test_token_ids_do_not_depend_on_the_order_of_the_characters():
+    """A saved encoder is built again in another process, whose sets have another order."""
+    for text in ("番茄炒鸡蛋土豆汤", "汤豆土蛋鸡炒茄番汤"):
+        encoder = CharacterEncoder(text, dim=32, layers=1)
+        assert encoder.characters == "土汤炒番茄蛋豆鸡"                    # by code point
+        assert encoder.tokenize(["番茄汤"]).tolist() == [[1, 6, 7, 4]]

@@ -179,6 +179,14 @@ def test_dropout_is_off_in_eval_mode():
     assert not torch.allclose(network(x, t), network(x, t))
 
 
+def test_dropout_and_heads_are_those_of_every_block():
+    network = UNet(channels=(32, 64), context_dim=16, dropout=0.3, heads=2)
+    layers = list(network.modules())
+    dropouts = {layer.dropout.p for layer in layers if isinstance(layer, ResidualBlock)}
+    heads = {layer.heads for layer in layers if isinstance(layer, Attention)}
+    assert (dropouts, heads) == ({0.3}, {2})
+
+
 def test_a_class_label_is_a_context_of_one_token():
     torch.manual_seed(0)
     network = without_zeros(UNet(channels=(32,), context_dim=8, pooled=True))

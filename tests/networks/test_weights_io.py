@@ -230,3 +230,12 @@ def test_a_file_of_something_else_is_not_an_autoencoder(tmp_path):
     save_tree(tmp_path / "training", {"step": 1})
     with pytest.raises(ValueError, match="training is a checkpoint, but not one of an autoencoder"):
         load_autoencoder(tmp_path / "training")
+
+
+def test_a_part_of_a_larger_tensor_is_read_by_its_offset_and_strides(tmp_path):
+    """torch.save writes the whole storage once, and each tensor's place in it."""
+    whole = torch.arange(12.0).view(3, 4)
+    torch.save({"part": whole[1:, ::2], "transposed": whole.T}, tmp_path / "a.pt")
+    tensors = open_tensors(tmp_path / "a.pt")
+    assert torch.equal(tensors["part"](), whole[1:, ::2])
+    assert torch.equal(tensors["transposed"](), whole.T)

@@ -49,6 +49,19 @@ def test_without_limits_progress_stays_0_and_the_learning_rate_does_not_fall():
     assert set(multipliers[9:]) == {1.0}
 
 
+def test_a_resumed_run_counts_speed_and_time_since_the_last_checkpoint_anew():
+    clock = TrainingClock(1000, save_seconds=30)
+    clock.start(index=100, seconds=500.0)
+    clock.tick(images=8, seconds=502.0)
+    assert clock.images_per_second == pytest.approx(4.0)
+    assert clock.index == 101
+    due = []
+    for seconds in (529.0, 531.0, 532.0, 561.0, 562.0):
+        clock.tick(images=8, seconds=seconds)
+        due.append(clock.is_save_due())
+    assert due == [False, True, False, False, True]
+
+
 @pytest.mark.parametrize("wrong", [dict(steps=0), dict(steps=None, minutes=0)])
 def test_no_steps_and_no_minutes_are_refused(wrong):
     with pytest.raises(ValueError, match="at least one step and more than 0 minutes"):

@@ -115,6 +115,13 @@ def test_the_random_numbers_of_a_dataset_belong_to_the_batch():
     assert torch.equal(resumed, whole[8:])
 
 
+def test_the_random_numbers_of_a_dataset_depend_on_the_seed():
+    numbers = [
+        torch.cat(list(make_loader(RandomItems(), 4, seed=seed)))[:, 1:] for seed in (0, 1)
+    ]
+    assert len(torch.cat(numbers).unique()) == 2 * 24 * 3
+
+
 def test_reading_leaves_the_generators_of_the_caller_alone():
     def seed_all():
         torch.manual_seed(5)

@@ -148,3 +148,49 @@ def test_wrong_files_and_empty_loaders_are_named(cn_clip_file, tmp_path):
         load_cn_clip(tmp_path / "truncated.pt")
     with pytest.raises(ValueError, match="no batch"):
         next(finetune(load_cn_clip(cn_clip_file, **ENCODERS), [], steps=1))
+
+
+class FixedEmbeddings(torch.nn.Module):
+    """A model in which each image has the embedding of its own caption or of the other one."""
+
+    def __init__(self, log_scale, own):
+        super().__init__()
+        self.input_resolution = 8
+        self.logit_scale = torch.nn.Parameter(torch.tensor(log_scale))
+        self.images = torch.tensor([[1.0, 0.0], [1.0, 0.1]])     # close: the loss is not 0
+        self.captions = self.images if own else self.images.flip(0)
+
+    def encode_image(self, images):
+        return self.images
+
+    def encode_text(self, tokens):
+        return self.captions
+
+
+@pytest.mark.parametrize("log_scale, own, limit", [(4.5, True, 4.6052), (0.1, False, 0.0)])
+def test_the_inverse_temperature_stays_between_1_and_100(log_scale, own, limit):
+    """Without limits it would grow for embeddings that fit, and fall for others."""
+    model = FixedEmbeddings(log_scale, own)
+    loader = [(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["汤", "面"])]
+    for _ in finetune(model, loader, steps=4, learning_rate=1.0, warmup=0):
+        pass
+    assert model.logit_scale.item() == pytest.approx(limit, abs=1e-6)
+
+
+def test_a_large_image_is_resized_as_cn_clip_does():
+    """A chessboard of single pixels becomes grey; without antialiasing it would stay a pattern."""
+    class Pixels(torch.nn.Module):
+        input_resolution = 16
+
+        def encode_image(self, images):
+            return images.flatten(1)
+
+    y, x = torch.meshgrid(torch.arange(72), torch.arange(72), indexing="ij")
+    image = (255 * ((x + y) % 2)).to(torch.uint8).expand(3, 72, 72)
+    expected = image_transform(16)(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    torch.testing.assert_close(
+        encode_images(Pixels(), image[None])[0],
+        normalize(expected.flatten(), dim=0),
+        rtol=0,
+        atol=3e-3,                          # Pillow rounds to bytes
+    )

@@ -92,3 +92,16 @@ def test_its_state_can_be_saved_and_loaded():
         if name != "snapshot":
             assert vars(other)[name] == value
     assert float(other.snapshot["network.weight"]) == 3.0
+
+
+def test_roll_backs_are_forgotten_after_1000_good_steps():
+    """Until then, more bad steps count as the same failure of the training."""
+    health = TrainingHealth(make_models(), patience=1)
+    health.step_skipped("nan", 50)
+    health.roll_back(make_models(), make_models(), [])
+    remaining = {}
+    for index in (51, 50 + WINDOW, 50 + 10 * WINDOW - 1, 50 + 10 * WINDOW):
+        health.step_taken(index, make_models(), [0.1] * WINDOW)
+        remaining[index] = health.rollbacks
+    assert remaining == {51: 1, 150: 1, 1049: 1, 1050: 0}
+    assert health.lr_scale == 0.5

@@ -236,3 +236,15 @@ def test_scale_and_shift_give_latents_mean_0_and_standard_deviation_1():
     assert float(z.std()) == pytest.approx(1, abs=0.02)
     with pytest.raises(ValueError, match="no batch"):
         measure_latent_scale(autoencoder, [])
+
+
+def test_the_kl_divergence_is_in_nats_per_element_of_an_image():
+    torch.manual_seed(0)
+    autoencoder = make_autoencoder()
+    images = torch.stack([image for image, _ in Dishes(4, 32)])
+    with torch.no_grad():
+        kl = autoencoder.encode(images.float() / 127.5 - 1).kl().mean() / (3 * 32 * 32)
+    step = next(train_autoencoder(
+        autoencoder, [(images, ["汤"] * 4)], steps=2, accelerator=full_precision()
+    ))
+    assert step.terms["kl"] == pytest.approx(float(kl), rel=1e-5)
