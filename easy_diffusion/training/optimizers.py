@@ -43,6 +43,8 @@ def build_optimizers(
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """AdamW and, with a `muon_learning_rate`, Muon; each with its peak learning rate.
 
+    An optimizer that would have nothing to train is left out.
+
     parameters: list of the parameters to train.
     learning_rate: AdamW's peak learning rate.
     muon_learning_rate: if given, Muon trains the parameters of two or more dimensions.
@@ -53,13 +55,16 @@ def build_optimizers(
     if muon_learning_rate:
         matrices = [parameter for parameter in parameters if parameter.ndim > 1]
         others = [parameter for parameter in parameters if parameter.ndim < 2]
-    adamw = torch.optim.AdamW(
-        others, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-    )
-    if not matrices:
-        return [(adamw, learning_rate)]
-    muon = Muon(matrices, muon_learning_rate, weight_decay=weight_decay)
-    return [(adamw, learning_rate), (muon, muon_learning_rate)]
+    optimizers = []
+    if others or not matrices:
+        adamw = torch.optim.AdamW(
+            others, learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        )
+        optimizers.append((adamw, learning_rate))
+    if matrices:
+        muon = Muon(matrices, muon_learning_rate, weight_decay=weight_decay)
+        optimizers.append((muon, muon_learning_rate))
+    return optimizers
 
 
 def record_orthogonalize_all(device):

@@ -52,3 +52,11 @@ def test_warm_up_and_decay_are_of_adamw_and_muon_and_a_roll_back_is_of_sgd_too()
     ]
     (sgd, _), = phases.sgd
     assert sgd.param_groups[0]["lr"] == 0.5e-6
+
+
+def test_a_network_of_matrices_alone_is_trained_by_muon_alone():
+    matrix = torch.nn.Parameter(torch.ones(2, 3))
+    (optimizer, peak), = build_optimizers([matrix], 1e-3, muon_learning_rate=2e-3)
+    assert type(optimizer).__name__ == "Muon" and peak == 2e-3
+    with pytest.raises(ValueError, match="empty parameter list"):
+        build_optimizers([], 1e-3, muon_learning_rate=2e-3)
