@@ -37,9 +37,33 @@ def test_the_readmes_program_runs():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_each_link_exists(readme):
-    links = re.findall(r"(?:\]\(|src=\")([^)\"#]+)", (ROOT / readme).read_text("utf-8"))
-    assert len(links) > 10
+@pytest.mark.parametrize("page", [*READMES, "docs/files.md", "docs/training_in_practice.md"])
+def test_each_link_exists(page):
+    links = re.findall(r"(?:\]\(|src=\")([^)\"#]+)", (ROOT / page).read_text("utf-8"))
+    assert len(links) > 2
     for link in links:
-        assert "://" in link or (ROOT / link).exists(), link
+        assert "://" in link or ((ROOT / page).parent / link).exists(), link
+
+
+def test_both_languages_have_the_same_links_and_commands():
+    def contents(readme):
+        text = (ROOT / readme).read_text("utf-8")
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+        commands = re.findall(r"`((?:make|python|\.venv)[^`]*)`", prose)
+        blocks = re.findall(r"^```\n(python.*?)```", text, re.S | re.M)
+        links = re.findall(r"(?:\]\(|src=\")([^)\"]+)", text)
+        return sorted(commands), blocks, [link for link in links if link not in READMES]
+
+    assert contents("README.md") == contents("README.zh-CN.md")
+
+
+def test_every_file_is_listed():
+    page = (ROOT / "docs" / "files.md").read_text("utf-8")
+    listed = set(re.findall(r"\]\(\.\./([^)]+\.py)\)", page))
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("easy_diffusion", "datasets")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert listed == files
