@@ -1,5 +1,6 @@
 # make demo        writes a dish's image and GIF to out/     (make demo NAME=土豆炒青椒 MOVE=right)
 # make app         serves a local web page to play with the trained networks
+# make lab         opens the notebooks in JupyterLab
 # make train       trains the demo's network from scratch    (make train LATENT=1: on latents)
 # make test        runs the style check and all tests, offline, in two processes of one thread each
 # make notebooks   executes the notebooks and saves their outputs
@@ -11,12 +12,15 @@ LATENT ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo app train test notebooks bench
+.PHONY: demo app lab train test notebooks bench
 demo: .venv/ready
 	$(BIN)/python -m easy_diffusion.demo $(NAME) --move $(MOVE) --weights $(WEIGHTS)
 
 app: .venv/app
 	$(BIN)/python -m easy_diffusion.app --weights $(WEIGHTS)
+
+lab: .venv/ready
+	$(BIN)/jupyter lab ipynb
 
 train: .venv/ready
 	$(BIN)/python -m easy_diffusion.train_demo --weights $(WEIGHTS) $(if $(LATENT),--latent)
