@@ -63,12 +63,14 @@ suite() {
         echo "gradio or imageio-ffmpeg is missing: not run are test_app, test_film and -k '$without'"
         options+=(-k "not ($without)")
     fi
-    # Each process computes little on the GPU: the CPU's cores decide. The tests that fork processes
-    # come first, since a process that has used a GPU cannot be forked.
+    # Each process computes little on the GPU: the CPU's cores decide. The tests of training that
+    # fork processes run without those on the GPU: a process that has used a GPU cannot be forked.
     export OMP_NUM_THREADS=1
-    "$PYTHON" -m pytest tests/training "${options[@]}" --ignore tests/training/test_on_gpu.py
-    "$PYTHON" -m pytest tests "${options[@]}" --ignore tests/training
-    "$PYTHON" -m pytest tests/training/test_on_gpu.py -o addopts= -q -n 4
+    local on_gpu=(tests/training/test_on_gpu.py tests/training/test_cuda_graphs.py) status=0
+    "$PYTHON" -m pytest tests/training "${options[@]}" "${on_gpu[@]/#/--ignore=}" || status=1
+    "$PYTHON" -m pytest tests "${options[@]}" --ignore tests/training || status=1
+    "$PYTHON" -m pytest "${on_gpu[@]}" -o addopts= -q -n 4 || status=1
+    return $status
 }
 
 step() {

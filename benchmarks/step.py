@@ -1,6 +1,6 @@
 """What a training step and a sampling step cost: python -m benchmarks.step [--quick] [--compile]
 
-A small network leaves a GPU idle, because each operation takes the CPU some 20 µs to start. So
+A small network leaves a GPU idle, because the CPU takes tens of µs to start an operation. So
 operations count more than FLOPs. Measured are
 
     training        a step of `train` with the demo's network, encoder, Muon and EMA, 64×64 pixels;
@@ -124,13 +124,12 @@ def measure(batch_size: int, rounds: int, compiled: bool) -> list[dict]:
     for (step, whose), function in functions.items():
         warm_up(step, whose)
         ms = 1000 * statistics.median(seconds[step, whose][1:])
-        images = batch_size if "training" in step else batch_size // 2
-        if step == "guided sampling":
-            images = 1
+        batch = 1 if step == "guided sampling" else batch_size
+        images = batch_size // 2 if step == "UNet sampling" else batch
         rows.append({
             "step": step,
             "by": whose,
-            "batch": images if step == "guided sampling" else batch_size,
+            "batch": batch,
             "ms": ms,
             "images/s": 1000 * images / ms,
             "operations": count_operations(function).total(),

@@ -140,9 +140,9 @@ def list_photos(folder) -> list[tuple[Path, str]]:
     """List (file, dish name) for every photograph of a folder, sorted.
 
     Accepts both layouts of the module's docstring; of a HowToCook dish only the photograph of the
-    finished dish is listed. Hidden files and folders are left out. So are images that are not in a
-    folder of a dish, or deeper, with a warning that counts them. Raises FileNotFoundError if the
-    folder does not exist.
+    finished dish is listed. Hidden files and folders are left out. A warning counts the images
+    that are left out because they are not directly in the folder of a dish. Raises
+    FileNotFoundError if the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -76,8 +76,9 @@ def open_environment(folder, **options) -> lmdb.Environment:
         try:
             return lmdb.open(str(folder), **options)
         except lmdb.Error:
-            # Newer versions of lmdb count what was open before a fork as open in this process.
-            # Only they do not disturb the other process when it is closed here.
+            # lmdb 2 and newer refuse to open a file that was open before a fork, until this
+            # process has closed what it inherited. With older versions, which do not refuse,
+            # closing it would break the reads of the parent process.
             inherited = [key for key in _environments if key[0] != os.getpid()]
             if not inherited:
                 raise

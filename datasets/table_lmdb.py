@@ -35,7 +35,7 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from unicodedata import normalize
 
@@ -214,15 +214,21 @@ def find_image(folder: Path, name: str) -> Path:
     path = folder
     for part in name.strip().replace("\\", "/").split("/"):
         if not (path / part).exists() and path.is_dir():
-            matches = [file.name for file in path.iterdir() if same_name(file.name, part)]
-            part = min(matches, default=part)
+            names = list_names(path, path.stat().st_mtime_ns)
+            part = names.get(comparable(part), part)
         path = path / part
     return path
 
 
-def same_name(name: str, other: str) -> bool:
-    """Whether Windows or macOS takes two file names for the same."""
-    return normalize("NFC", name).casefold() == normalize("NFC", other).casefold()
+@lru_cache(maxsize=16)
+def list_names(folder: Path, changed: int) -> dict[str, str]:
+    """The names in a folder by their `comparable` form; changed: when the folder was changed."""
+    return {comparable(path.name): path.name for path in sorted(folder.iterdir(), reverse=True)}
+
+
+def comparable(name: str) -> str:
+    """A form that is equal for names which Windows or macOS takes for the same."""
+    return normalize("NFC", name).casefold()
 
 
 def _why_unusable(image, caption, caption_column: str) -> str | None:

@@ -291,7 +291,8 @@ def open_tensors(path) -> dict[str, Callable[[], torch.Tensor]]:
             return {name: partial(file.get_tensor, name) for name in file.keys()}
         return _open_pickle(path)
     except READ_ERRORS as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
 
 
 def _open_pickle(path):

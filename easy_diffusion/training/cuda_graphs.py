@@ -1,6 +1,6 @@
 """CUDA graphs: a function's operations on a GPU are recorded once, and then replayed.
 
-Python needs some 20 µs to start an operation on a GPU. A training step of a small network has more
+Python needs tens of µs to start an operation on a GPU. A training step of a small network has more
 than a thousand operations, each of which takes the GPU less time than that, so the GPU waits.
 Replaying a graph starts all of them by one call.
 
@@ -127,9 +127,18 @@ class CudaGraphs:
 # ---------------------------------------------------------------- captions as tensors
 
 
+def has_tokens(encoder) -> bool:
+    """Whether an encoder splits its work, as CharacterEncoder does.
+
+    Then encoder(captions) is encoder.encode(encoder.tokenize(captions)), and PADDING is the token
+    that is masked.
+    """
+    return all(hasattr(encoder, name) for name in ("tokenize", "encode", "PADDING"))
+
+
 def has_caption_inputs(encoder) -> bool:
     """Whether `caption_inputs` can replace the call of an encoder in a recorded function."""
-    if encoder is None or (hasattr(encoder, "tokenize") and hasattr(encoder, "encode")):
+    if encoder is None or has_tokens(encoder):
         return True
     return not any(parameter.requires_grad for parameter in encoder.parameters())
 
@@ -137,13 +146,13 @@ def has_caption_inputs(encoder) -> bool:
 def caption_inputs(encoder, captions: list[str]) -> dict[str, torch.Tensor]:
     """The tensors from which a recorded function computes context and mask of the captions.
 
-    tokens [B, L] if the encoder has `encode` and `PADDING`, as CharacterEncoder does, which is then
-    recorded, too; otherwise what it returns, context [B, L, D] and mask [B, L], which has no
-    gradient. L becomes a multiple of 8, so that there are few shapes.
+    For an encoder that `has_tokens`: tokens [B, L]; its `encode` is recorded. For another one,
+    which has nothing to train: context [B, L, D] and mask [B, L]. L becomes a multiple of 8, so
+    that there are few shapes.
     """
     if encoder is None:
         return {}
-    if hasattr(encoder, "encode"):
+    if has_tokens(encoder):
         tokens = encoder.tokenize(captions)
         longest = getattr(encoder, "max_length", math.inf)
         padding = int(min(-tokens.shape[1] % LENGTHS, longest - tokens.shape[1]))

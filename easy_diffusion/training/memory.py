@@ -170,7 +170,7 @@ def find_largest_batch(
         # A list, because a step that succeeds may return None.
         result = catch_out_of_memory(lambda: [step(images)])
         if torch.cuda.is_available():
-            gc.collect()    # a Trainer refers to itself, so this alone frees its tensors
+            gc.collect()    # a Trainer is in a reference cycle; it would keep its tensors
         return all_agree(result is not None)
 
     while fits == 0 or 2 * fits <= max_batch:

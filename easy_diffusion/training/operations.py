@@ -1,6 +1,6 @@
 """Operations of a training step: how many PyTorch starts, by name.
 
-Each operation takes the CPU some 20 µs to start on a GPU, however small its tensors are. So a small
+Each operation takes the CPU tens of µs to start on a GPU, however small its tensors are. So a small
 network's step takes as long as its operations are many. Views and allocations compute nothing and
 are not counted. The file needs nothing but torch.
 

@@ -233,7 +233,11 @@ class Trainer:
         return torch.cat(losses)
 
     def compute_losses(self, inputs: dict) -> torch.Tensor:
-        """Return the loss of each of M images, [M], with a graph for its gradient."""
+        """Return the loss of each of M images, [M], with a graph for its gradient.
+
+        inputs: "images", "t", "weights"; "extra NAME" for each extra of the batch; and "captions",
+            or what `caption_inputs` has made of them.
+        """
         x0 = self.to_device(inputs["images"]).float()                           # [M, C, H, W]
         t = inputs["t"].to(self.device, non_blocking=True)                      # [M]
         extras = {

@@ -2,7 +2,7 @@
 
 torch.autocast casts the weights of a layer to float16 or bfloat16 when the layer is called, and
 their gradients back to float32 in the backward pass: two operations for each weight, each of which
-takes the CPU some 20 µs to start on a GPU. In a network of many small layers these are a fifth of
+takes the CPU tens of µs to start on a GPU. In a network of many small layers these are a fifth of
 all operations of a step. `WeightCasts` casts all weights by one operation, and all gradients by
 another one. The numbers are those of autocast, bit for bit. The file needs nothing but torch.
 
