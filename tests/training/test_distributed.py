@@ -52,7 +52,8 @@ def prepare():
         file.write_text(str(accelerator.process_index), "utf-8")
     return file.read_text("utf-8")
 
-print("prepared by", main_process_first(accelerator, prepare, seconds=0.2))
+prepared_by = main_process_first(accelerator, prepare, seconds=0.2)
+sys.stdout.write(f"prepared by {prepared_by}\\n")  # one write: lines of two processes do not mix
 """
 
 
