@@ -167,7 +167,7 @@ class OptimizerPhases:
     """AdamW, with or without Muon; and SGD, which fine-tunes once the loss has plateaued.
 
     The first version of this project trained so: with a tiny constant learning rate, SGD moves the
-    weights little from where AdamW has left them. Notebook 15 measures it: on the demo it does not
+    weights little from where AdamW has left them. Notebook 17 measures it: on the demo it does not
     help, and a decay of AdamW's learning rate to zero, which needs no test for a plateau, does
     better. The decay applies to AdamW and Muon alone; a plateau before the end cuts it short.
 

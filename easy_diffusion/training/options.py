@@ -72,7 +72,7 @@ class PlateauOptions:
     """SGD with a tiny learning rate fine-tunes the weights once the loss has plateaued.
 
     The first version of this project trained so. It is on by default, but did not help in
-    notebook 15; `plateaued=lambda losses, window: False` switches it off.
+    notebook 17; `plateaued=lambda losses, window: False` switches it off.
 
     Why, and how it relates to the decay of the learning rate: see `OptimizerPhases`.
 
