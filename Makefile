@@ -31,6 +31,7 @@ test: .venv/app
 
 notebooks: .venv/ready
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace ipynb/*.ipynb
+	$(BIN)/python -m easy_diffusion.notebook ipynb/*.ipynb
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks

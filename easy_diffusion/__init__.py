@@ -13,6 +13,8 @@ and the files beside them:
 
     files.py            atomic writing of files
     images.py           PNG files and contact sheets with Chinese captions
+    diagrams.py         diagrams of the methods, for the notebooks
+    notebook.py         what the first cell of each notebook calls
     latent_space.py     encoding and decoding batches with an autoencoder
     presets.py          the demo's data sets, networks and hyperparameters
     pretrained.py       trained models as files that contain all that rebuilds them

@@ -2,6 +2,7 @@
 
     to_uint8        samples x in [-1, 1] → uint8 images: round(127.5 · (x + 1))
     contact_sheet   several images in a grid, with captions
+    show_images     the same for a notebook: tensors or arrays → a small image to display
     encode_png      an image → the bytes of a PNG file
 
 Captions in Chinese need a font with Chinese characters; `load_chinese_font` finds one. The file
@@ -79,13 +80,14 @@ def load_chinese_font(pixels: int) -> ImageFont.FreeTypeFont:
 
 def contact_sheet(
     cells: list[list[np.ndarray]],
-    captions: list[str],
+    captions: list[str] | None,
     columns: int = 4,
     side: int = 128,
 ) -> Image.Image:
     """Arrange images in a grid of cells with captions.
 
     cells[i]: images uint8 [H, W, 3], shown side by side above captions[i].
+    captions: one for each cell, or None for a sheet without.
     columns: maximum number of cells in a row of the grid.
     side: longer side of each image in pixels.
 
@@ -103,10 +105,11 @@ def contact_sheet(
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)                    # rounded up
     cell_width = side * max(len(images) for images in cells) + gap
-    cell_height = side + side // 4
+    cell_height = side + (gap if captions is None else side // 4)
 
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
+    captions = captions or [""] * len(cells)
     for i, (images, caption) in enumerate(zip(cells, captions, strict=True)):
         x = i % columns * cell_width + gap
         y = i // columns * cell_height + gap
@@ -120,6 +123,27 @@ def contact_sheet(
         middle = x + len(images) * side / 2
         draw.text((middle, y + side + 2), caption, fill="black", font=font, anchor="ma")
     return sheet
+
+
+def show_images(images, captions: list[str] | None = None, columns: int = 8, side: int = 96):
+    """Arrange images in a grid, as the last line of a notebook's cell: a Pillow image.
+
+    images: one batch or a list of images. Tensors are float [3, H, W] in [-1, 1] or uint8
+        [3, H, W]; arrays are uint8 [H, W, 3].
+    columns, captions, side: see `contact_sheet`.
+
+    The image has a palette of 256 colours, which makes a notebook a third as large.
+    """
+    arrays = []
+    for image in images:
+        if torch.is_tensor(image) and image.is_floating_point():
+            image = to_uint8(image[None])[0]
+        elif torch.is_tensor(image):
+            image = image.permute(1, 2, 0).cpu().numpy()
+        arrays.append(np.asarray(image))
+    cells = [[image] for image in arrays]
+    sheet = contact_sheet(cells, captions, columns, side)
+    return sheet.quantize(method=Image.Quantize.MAXCOVERAGE)
 
 
 def encode_png(pil_image: Image.Image) -> bytes:

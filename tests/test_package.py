@@ -16,10 +16,10 @@ NOTEBOOKS = sorted((ROOT / "ipynb").glob("*.ipynb"))
 
 # From the bottom up. A file imports only from its own folder or from a lower layer.
 LAYERS = [
-    {"diffusion", "networks", "files", "images", "command_line", "datasets"},
+    {"diffusion", "networks", "files", "images", "diagrams", "command_line", "datasets"},
     {"training", "evaluation", "latent_space", "animation"},
     {"inpainting"},
-    {"presets", "pretrained", "generate", "dish_classifier"},
+    {"presets", "pretrained", "generate", "dish_classifier", "notebook"},
     {
         "demo", "demo_options", "train_demo", "app", "app_requests",
         "train_model", "train_options", "train_setup",
