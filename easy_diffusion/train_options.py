@@ -24,7 +24,7 @@ import torch
 
 from .command_line import check_ranges
 from .networks.text_encoder import CnClipEncoder
-from .presets import BATCH, DISHES, GPU_BATCH, SIZE, default_minutes
+from .presets import BATCH, DISHES, GPU_BATCH, PIXEL_UNET, SIZE, TRAINING, default_minutes
 from .train_setup import LOSS_WEIGHTS, TEXT_HEADS, TIMESTEPS
 from .training.distributed import fast_precision
 
@@ -96,7 +96,7 @@ def add_data_options(group) -> None:
 def add_network_options(group) -> None:
     """Add the options that set the size of the UNet and of the text encoder."""
     group.add_argument(
-        "--channels", type=int, default=[64, 128], nargs="+",
+        "--channels", type=int, default=list(PIXEL_UNET["channels"]), nargs="+",
         help="number of channels of each level of the UNet, from the finest to the coarsest; "
         "multiples of 32",
     )
@@ -109,7 +109,10 @@ def add_network_options(group) -> None:
         "--blocks", type=int, default=2,
         help="number of residual blocks per level on the way down; one more on the way up",
     )
-    group.add_argument("--heads", type=int, default=2, help="number of attention heads")
+    group.add_argument(
+        "--heads", type=int, default=PIXEL_UNET["heads"],
+        help="number of attention heads",
+    )
     group.add_argument(
         "--patch", type=int, default=0,
         help="side in pixels of the squares that the network processes as one position; "
@@ -195,7 +198,7 @@ def add_training_options(group) -> None:
         help="number of processes that load images; -1 means none on a CPU and four with a GPU",
     )
     group.add_argument(
-        "--ema", type=float, default=0.998,
+        "--ema", type=float, default=TRAINING["ema"],
         help="decay per step of the exponential moving average of the weights",
     )
     group.add_argument(
@@ -216,11 +219,11 @@ def add_training_options(group) -> None:
 def add_optimizer_options(group) -> None:
     """Add the options of AdamW, Muon and SGD and of their learning rates."""
     group.add_argument(
-        "--learning-rate", type=float, default=2e-3,
+        "--learning-rate", type=float, default=TRAINING["learning_rate"],
         help="peak learning rate of AdamW",
     )
     group.add_argument(
-        "--muon-learning-rate", type=float, default=3e-3,
+        "--muon-learning-rate", type=float, default=TRAINING["muon_learning_rate"],
         help="peak learning rate of Muon, which trains the weight matrices; 0 trains them with "
         "AdamW, too, which then needs a smaller learning rate, such as 1e-4",
     )
@@ -246,7 +249,7 @@ def add_optimizer_options(group) -> None:
         help="number of steps in which the learning rate rises from 0 to its peak",
     )
     group.add_argument(
-        "--decay", type=float, default=0.5,
+        "--decay", type=float, default=TRAINING["decay"],
         help="fraction of the run, at its end, in which the learning rate falls to 0; a finished "
         "run that is prolonged returns to a higher rate",
     )

@@ -34,6 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# torch.compiler.disable without its import of the compiler, which takes seconds
+from torch._compile import _disable_dynamo
+
 from .attention_kernels import attend
 from .blocks import ResidualBlock, SpatialTransformer, timestep_embedding
 from .unet import UNet, masked_mean
@@ -132,7 +135,6 @@ class KeyValueCache:
     def __len__(self) -> int:
         return len(self.context)
 
-    @torch.compiler.disable
     def project_keys_values(self, attention, dtype):
         """Keys and values of the context for one attention layer, [M·B or 1, heads, L, d] each.
 
@@ -148,6 +150,12 @@ class KeyValueCache:
             keys_values = project_keys_values(attention, self.context)
             self.cached[attention] = (version, keys_values)
         return keys_values
+
+
+@_disable_dynamo
+def project_untraced(cache: KeyValueCache, attention, dtype):
+    """`cache.project_keys_values`, which torch.compile calls and does not trace."""
+    return cache.project_keys_values(attention, dtype)
 
 
 def project_keys_values(attention, context):
@@ -197,7 +205,10 @@ def attend_to_cache(attention, x, cache, mask):
     """`Attention.forward` with cached keys and values: x [M·B, H·W, C] → [M·B, H·W, C]."""
     q = attention.split_heads(attention.to_q(x))  # [M·B, heads, H·W, d]
     # differs: keys and values from the cache, [M·B or 1, heads, L, d] each
-    k, v = cache.project_keys_values(attention, q.dtype)
+    if torch.compiler.is_compiling():
+        k, v = project_untraced(cache, attention, q.dtype)
+    else:
+        k, v = cache.project_keys_values(attention, q.dtype)
     out = attend(q, k, v, mask)  # [M·B, heads, H·W, d]
     return attention.to_out(out.transpose(1, 2).flatten(2))  # [M·B, H·W, C]
 

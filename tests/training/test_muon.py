@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from easy_diffusion.training import muon
 from easy_diffusion.training.muon import Muon, iteration_dtype, orthogonalize
 
 
@@ -21,7 +22,8 @@ def test_orthogonalize_keeps_the_singular_vectors_and_equalizes_the_singular_val
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with 2.9")
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
-def test_steps_are_those_of_torchs_muon(shape):
+def test_steps_are_those_of_torchs_muon(monkeypatch, shape):
+    monkeypatch.setattr(muon, "iteration_dtype", lambda device: torch.bfloat16)
     torch.manual_seed(0)
     start = torch.randn(shape)
     target = torch.randn(shape)
@@ -78,11 +80,24 @@ def test_matrices_of_many_shapes_are_updated_as_if_each_were_alone():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("has_bfloat16", [False, True])
-def test_a_gpu_without_bfloat16_iterates_in_float32(monkeypatch, has_bfloat16):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    assert iteration_dtype() == (torch.bfloat16 if has_bfloat16 else torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_iteration_is_in_bfloat16_where_that_is_fast(monkeypatch, dtype):
+    fast = dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert iteration_dtype(torch.device("cuda")) == dtype
+    assert iteration_dtype(torch.device("cpu")) == dtype
+    assert iteration_dtype(torch.device("mps")) == torch.float32
+
+
+def test_both_dtypes_of_the_iteration_give_nearly_the_same_matrices(monkeypatch):
+    matrices = torch.randn(3, 32, 96, generator=torch.Generator().manual_seed(0))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(muon, "iteration_dtype", lambda device, dtype=dtype: dtype)
+        results.append(orthogonalize(matrices))
+    assert (results[0] - results[1]).norm() < 0.03 * results[0].norm()     # bfloat16: 8 bits
 
 
 def test_a_parameter_without_gradient_stays():
