@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from easy_diffusion.images import contact_sheet, load_chinese_font, to_uint8
+from easy_diffusion.images import contact_sheet, load_chinese_font, show_images, to_uint8
 
 
 def test_captions_are_drawn_with_chinese_characters():
@@ -64,3 +64,16 @@ def test_a_contact_sheet_shows_a_long_image_in_the_middle_of_its_square(tall):
     assert (square[24:40] == 0).all()
     assert (square[:24] == 255).all()
     assert (square[40:] == 255).all()
+
+
+def test_show_images_takes_tensors_and_arrays():
+    array = np.full((16, 16, 3), 255, np.uint8)
+    array[:8] = 0
+    pixels = torch.from_numpy(array).permute(2, 0, 1)
+    samples = pixels[None].float() / 127.5 - 1
+    sheets = [show_images(images, side=32) for images in ([array], [pixels], pixels[None], samples)]
+    for sheet in sheets:
+        assert sheet.mode == "P" and sheet.size == (32 + 2 * 3, 32 + 2 * 3)
+        colours = np.asarray(sheet.convert("RGB"))
+        assert (colours[6, 20] == 0).all() and (colours[32, 20] == 255).all()
+    assert show_images([array] * 3, ["汤", "面", "饭"], columns=2, side=32).size[1] == 2 * 40 + 3
