@@ -40,7 +40,7 @@ PACKAGES = {
 def start_notebook(duration: str, also: dict[str, str] | None = None) -> tuple:
     """Check the packages, print the versions, and return (device, out).
 
-    duration: how long the notebook takes, in words; it is printed.
+    duration: text that says how long the notebook takes; it is printed.
     also: further modules that it needs, as in PACKAGES.
 
     device: "cuda", "mps" or "cpu". out: a folder for the notebook's files, the repository's `out/`,
@@ -84,25 +84,24 @@ def finish_progress_bars(notebook) -> None:
     """Replace the progress bars of an executed notebook by their last state as text.
 
     notebook: as `nbformat.read` returns it. Progress bars are widgets, of which many viewers show
-    only the first state, an empty bar. The states of all widgets are in the notebook's metadata;
-    they are removed.
+    only the first one, an empty bar. All widgets are in the notebook's metadata; they are removed.
     """
     widgets = notebook.metadata.pop("widgets", {})
-    states = widgets.get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    models = widgets.get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             view = data.pop("application/vnd.jupyter.widget-view+json", None)
-            if view and view["model_id"] in states:
-                data["text/plain"] = widget_text(states, view["model_id"])
+            if view and view["model_id"] in models:
+                data["text/plain"] = widget_text(models, view["model_id"])
 
 
-def widget_text(states: dict, model: str) -> str:
+def widget_text(models: dict, name: str) -> str:
     """The text of a widget and of those inside it: "training: 100% ██████████ 30/30 [00:12…]"."""
-    state = states[model]["state"]
+    state = models[name]["state"]
     if "children" in state:
         children = (child.removeprefix("IPY_MODEL_") for child in state["children"])
-        return " ".join(widget_text(states, child) for child in children).strip()
+        return " ".join(widget_text(models, child) for child in children).strip()
     if "max" in state:
         filled = round(10 * state["value"] / state["max"]) if state["max"] else 0
         return "█" * filled + "░" * (10 - filled)

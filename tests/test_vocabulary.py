@@ -1,9 +1,11 @@
-"""The code speaks the field's language: no private words in identifiers, docstrings or messages.
+"""Code and text speak the field's language: no private words in identifiers, docstrings, messages,
+notebooks and documents.
 
 Each rule is a pattern and the standard term to write in its place. `ALLOWED` lists the few uses
 that are meant, each with its reason. An entry that is no longer needed fails, too.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +19,10 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if path.resolve() != THIS
 )
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS.remove(ROOT / "docs" / "renamed.md")          # the table of the old names
+NOTEBOOKS = sorted((ROOT / "ipynb").glob("*.ipynb"))
 
 # What stands before an identifier's part: neither a letter nor a digit. `_` joins parts.
 START = r"(?<![A-Za-z0-9])"
@@ -113,10 +119,14 @@ ALLOWED = {
 
 
 def lines():
-    """(file, number, line) of all code."""
-    for path in FILES:
+    """(file, number, line) of all code, documents, and cells of notebooks."""
+    for path in [*FILES, *DOCUMENTS]:
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             yield path.relative_to(ROOT).as_posix(), number, line
+    for path in NOTEBOOKS:
+        for number, cell in enumerate(json.loads(path.read_text("utf-8"))["cells"]):
+            for line in "".join(cell["source"]).splitlines():
+                yield path.relative_to(ROOT).as_posix(), f"cell {number}", line
 
 
 def allowed(file, line):
