@@ -60,7 +60,7 @@ def start_notebook(duration: str, also: dict[str, str] | None = None) -> tuple:
     from .training.distributed import default_device
 
     device = str(default_device())
-    cores = f"{torch.get_num_threads()} CPU cores"
+    cores = f"{os.cpu_count()} CPU cores"
     hardware = {"cpu": cores, "mps": "Apple's GPU"}.get(device) or torch.cuda.get_device_name()
     version = torch.__version__.split("+")[0]
     print(f"Python {platform.python_version()} · torch {version} · {hardware} · {duration}")

@@ -66,7 +66,7 @@ def widget(**state):
 
 
 def test_a_progress_bar_is_replaced_by_its_last_state():
-    states = {
+    models = {
         "box": widget(children=["IPY_MODEL_left", "IPY_MODEL_bar", "IPY_MODEL_right"]),
         "left": widget(value="training: 100%"),
         "bar": widget(value=30.0, max=30.0),
@@ -78,7 +78,7 @@ def test_a_progress_bar_is_replaced_by_its_last_state():
     })
     executed = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell("train()", outputs=[output])],
-        metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {"state": states}}},
+        metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {"state": models}}},
     )
     finish_progress_bars(executed)
     assert executed.cells[0].outputs[0].data == {

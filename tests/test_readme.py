@@ -16,6 +16,11 @@ def read_program(readme):
     return re.search(r"```python\n(.*?)```", (ROOT / readme).read_text("utf-8"), re.S)[1]
 
 
+def read_links(readme):
+    """The targets of the links and images of a README, in their order."""
+    return re.findall(r"(?:\]\(|src=\")([^)\"]+)", (ROOT / readme).read_text("utf-8"))
+
+
 def test_both_languages_have_the_same_program():
     english, chinese = (re.sub(r" *#.*", "", read_program(readme)) for readme in READMES)
     assert english == chinese
@@ -51,10 +56,20 @@ def test_both_languages_have_the_same_links_and_commands():
         prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
         commands = re.findall(r"`((?:make|python|\.venv)[^`]*)`", prose)
         blocks = re.findall(r"^```\n(python.*?)```", text, re.S | re.M)
-        links = re.findall(r"(?:\]\(|src=\")([^)\"]+)", text)
-        return sorted(commands), blocks, [link for link in links if link not in READMES]
+        # A page that exists in both languages counts as the same: NAME.md and NAME.zh-CN.md.
+        links = [link.replace(".zh-CN.md", ".md") for link in read_links(readme)]
+        return sorted(commands), blocks, links
 
     assert contents("README.md") == contents("README.zh-CN.md")
+
+
+def test_each_language_links_its_own_pages():
+    """Only the link to the README in the other language changes the language."""
+    for link in read_links("README.md"):
+        assert link == "README.zh-CN.md" or not link.endswith(".zh-CN.md"), link
+    for link in read_links("README.zh-CN.md"):
+        translated = ROOT / re.sub(r"\.md$", ".zh-CN.md", link)
+        assert link == "README.md" or link.endswith(".zh-CN.md") or not translated.exists(), link
 
 
 def test_every_file_is_listed():
