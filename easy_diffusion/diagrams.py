@@ -75,8 +75,8 @@ def edge_point(box, towards):
 
 def draw_data_flow():
     """From a caption and noise to an image (above), and one training step (below)."""
-    d = Diagram(20, 6.4)
-    d.text(1.2, 6.1, "sampling", weight="bold")
+    d = Diagram(20, 6.5)
+    d.text(1.2, 6.1, "sampling", weight="bold", family="DejaVu Sans")
     caption = d.box(1.8, 5.2, "caption\n番茄炒鸡蛋", DATA)
     encoder = d.box(5.6, 5.2, "encoder", NETWORK)
     noise = d.box(5.6, 3.7, "noise $x_T$\n[1, 3, H, W]", DATA)
@@ -88,9 +88,9 @@ def draw_data_flow():
     d.arrow(noise, network)
     d.arrow(network, sampler, "prediction")
     d.arrow(sampler, image)
-    d.arrow((14.8, 3.9), (10.4, 3.8), "25 times", bend=-0.35, offset=(0, -0.75))
+    d.arrow((14.8, 3.9), (10.4, 3.8), "25 times", bend=-0.35, offset=(0, -1.0))
 
-    d.text(1.2, 2.3, "training", weight="bold")
+    d.text(1.2, 2.3, "training", weight="bold", family="DejaVu Sans")
     data = d.box(1.8, 1.3, "dataset\n(image, caption)", DATA)
     noisy = d.box(6.6, 1.3, "$x_t = α_t x_0 + σ_t ε$\nrandom $t$, $ε$", FIXED, 3.6)
     network = d.box(11.4, 1.3, "network", NETWORK)
@@ -98,7 +98,7 @@ def draw_data_flow():
     d.arrow(data, noisy, "$x_0$")
     d.arrow(noisy, network)
     d.arrow(network, loss)
-    d.arrow((15.4, 0.75), (11.4, 0.75), "gradient", bend=-0.3, offset=(0, -0.5))
+    d.arrow((15.4, 0.75), (11.4, 0.75), "gradient", bend=-0.3, offset=(0, -0.72))
     return d.figure
 
 
@@ -222,7 +222,7 @@ def draw_guidance():
     for scale in (0, 1, 2, 3, 4):
         d.axes.plot(*at(scale), "o", color="#333333", markersize=4)
         d.text(at(scale)[0] + 0.1, at(scale)[1] + 0.35, f"scale {scale}", size=7)
-    d.text(x_t[0] - 0.6, x_t[1] - 0.3, "$x_t$")
+    d.text(x_t[0] - 0.3, x_t[1] - 0.1, "$x_t$")
     d.text(3.2, 3.5, "without the caption:\n$ε_{uncond}$", size=8, color="#666666")
     d.text(7.6, 3.4, "with the caption: $ε_{cond}$", size=8, color="#3377bb")
     d.text(11.8, 3.4, "scale > 1 goes further in the direction\nthat the caption adds",

@@ -1,4 +1,4 @@
-"""What all notebooks have in common: their first cells, the width of the code, exercises, outputs."""
+"""What all notebooks have in common: first cells, width of the code, exercises, outputs."""
 
 import json
 import re

@@ -8,9 +8,8 @@ For an image x and its reconstruction y = decode(z), z ~ q(z | x):
 KL is the divergence of q(z | x) from N(0, I). It is divided by C·H·W, the number of elements of x.
 
 |x - y| counts many small errors as much as a few large ones. (x - y)² counts large errors more,
-such as displaced edges. It adds 0.4 dB of PSNR at no cost (code_detail.md), so it is on by default.
-Where several reconstructions are plausible, both are smallest for a compromise between them, which
-is blurred. Three terms penalize blur:
+such as displaced edges; it is on by default. Where several reconstructions are plausible, both are
+smallest for a compromise between them, which is blurred. Three terms penalize blur:
 
     structure   |L_k(x) - L_k(y)|, summed over the levels k of a Laplacian pyramid (Burt & Adelson
                 1983). A missing or displaced edge costs at every level. The term needs no trained

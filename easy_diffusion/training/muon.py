@@ -1,25 +1,26 @@
 """Muon: an optimizer for the matrices of a network.
 
 The gradient of a matrix is dominated by a few directions, and so is Adam's step. Muon gives all
-directions the same length. With the momentum M = U S Vᵀ (singular value decomposition), it steps
-along U Vᵀ, the orthogonal matrix nearest to M. For a matrix W with r rows and c columns, its
-gradient G, momentum coefficient μ, learning rate η and weight decay λ:
+directions nearly the same length. With D = U S Vᵀ, the singular value decomposition of the averaged
+gradient D, it steps along U Vᵀ, the orthogonal matrix nearest to D. For a matrix W with r rows and
+c columns, its gradient G, momentum M with coefficient μ, learning rate η and weight decay λ:
 
     M ← μ M + (1 - μ) G
-    W ← (1 - η λ) W - 0.2 η sqrt(max(r, c)) · orthogonalize((1 - μ) G + μ M)
+    D = (1 - μ) G + μ M
+    W ← (1 - η λ) W - 0.2 η sqrt(max(r, c)) · orthogonalize(D)
 
 (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. The factor
 0.2 sqrt(max(r, c)) makes the steps as large as AdamW's: Liu et al., "Muon is scalable for LLM
-training", 2025, eq. 4.) No singular values are computed. Starting from X = M / |M|, five steps of
+training", 2025, eq. 4.) No singular values are computed. Starting from X = D / |D|, five steps of
 
     X ← a X + (b A + c A²) X,   A = X Xᵀ,   (a, b, c) = (3.4445, -4.7750, 2.0315)
 
-bring all singular values close to 1. The weights of a convolution count as a matrix
-[C_out, C_in · k · k]. Biases and scales are vectors: leave them to AdamW.
+bring all singular values to between about 0.7 and 1.2. The weights of a convolution count as a
+matrix [C_out, C_in · k · k]. Biases and scales are vectors: leave them to AdamW.
 
 A network has many small matrices, and each operation costs the same time to start, however small
 they are. Therefore one operation updates all of them (`torch._foreach_...`), and all matrices of
-one shape are orthogonalized as one batch. The orthogonal matrix of Mᵀ is (U Vᵀ)ᵀ, so r×c and c×r
+one shape are orthogonalized as one batch. The orthogonal matrix of Dᵀ is (U Vᵀ)ᵀ, so r×c and c×r
 count as one shape. The file needs nothing but torch.
 
 >>> layer = torch.nn.Linear(8, 4)
