@@ -90,15 +90,15 @@ def draw_data_flow():
     d.arrow(sampler, image)
     d.arrow((14.8, 3.9), (10.4, 3.8), "25 times", bend=-0.35, offset=(0, -1.0))
 
-    d.text(1.2, 2.3, "training", weight="bold", family="DejaVu Sans")
-    data = d.box(1.8, 1.3, "dataset\n(image, caption)", DATA)
-    noisy = d.box(6.6, 1.3, "$x_t = α_t x_0 + σ_t ε$\nrandom $t$, $ε$", FIXED, 3.6)
-    network = d.box(11.4, 1.3, "network", NETWORK)
-    loss = d.box(15.4, 1.3, "loss\n$|| output - target ||^2$", FIXED, 3.2)
+    d.text(1.2, 2.55, "training", weight="bold", family="DejaVu Sans")
+    data = d.box(1.8, 1.55, "dataset\n(image, caption)", DATA)
+    noisy = d.box(6.6, 1.55, "$x_t = α_t x_0 + σ_t ε$\nrandom $t$, $ε$", FIXED, 3.6)
+    network = d.box(11.4, 1.55, "network", NETWORK)
+    loss = d.box(15.4, 1.55, "loss\n$|| output - target ||^2$", FIXED, 3.2)
     d.arrow(data, noisy, "$x_0$")
     d.arrow(noisy, network)
     d.arrow(network, loss)
-    d.arrow((15.4, 0.75), (11.4, 0.75), "gradient", bend=-0.3, offset=(0, -0.72))
+    d.arrow((15.4, 1.0), (11.4, 1.0), "gradient", bend=-0.3, offset=(0, -0.72))
     return d.figure
 
 
