@@ -246,6 +246,6 @@ def draw_repaint():
     d.arrow(outside, x_s)
     d.text(17.2, 3.6, "next step", size=8)
     d.arrow(x_s, (16.4, 3.6))
-    d.arrow((14, 3.05), (1.6, 3.15), "resampling: add noise again, so that both regions can agree",
-            bend=-0.43, color="#cc6633", offset=(0, -2.35))
+    d.arrow((14, 3.05), (1.6, 3.15), "resampling: noise is added again",
+            bend=-0.43, color="#cc6633", offset=(0, -1.9))
     return d.figure
