@@ -100,12 +100,13 @@ def contact_sheet(
             raise ValueError(
                 f"images must be uint8 [H, W, 3] or grey, not {image.dtype} {list(image.shape)}"
             )
-    font = load_chinese_font(max(12, side // 8))
+    font_size = max(12, side // 8)
+    font = load_chinese_font(font_size)
     gap = side // 10
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)                    # rounded up
     cell_width = side * max(len(images) for images in cells) + gap
-    cell_height = side + (gap if captions is None else side // 4)
+    cell_height = side + (gap if captions is None else max(side // 4, font_size + 8))
 
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     draw = ImageDraw.Draw(sheet)
