@@ -106,7 +106,7 @@ def contact_sheet(
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)                    # rounded up
     cell_width = side * max(len(images) for images in cells) + gap
-    cell_height = side + (gap if captions is None else max(side // 4, font_size + 8))
+    cell_height = side + (gap if captions is None else max(side // 4, font_size + 12))
 
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     draw = ImageDraw.Draw(sheet)

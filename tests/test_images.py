@@ -22,7 +22,7 @@ def test_captions_are_drawn_with_chinese_characters():
 def test_a_contact_sheet_has_no_empty_columns():
     image = np.zeros((32, 32, 3), np.uint8)
     sheet = contact_sheet([[image]] * 2, ["番茄汤", "土豆汤"], columns=4, side=32)
-    assert sheet.size == (2 * 35 + 3, 32 + 20 + 3)
+    assert sheet.size == (2 * 35 + 3, 32 + 24 + 3)
 
 
 def test_grey_samples_become_grey_images_and_other_channels_are_refused():
@@ -76,7 +76,7 @@ def test_show_images_takes_tensors_and_arrays():
         assert sheet.mode == "P" and sheet.size == (32 + 2 * 3, 32 + 2 * 3)
         colours = np.asarray(sheet.convert("RGB"))
         assert (colours[6, 20] == 0).all() and (colours[32, 20] == 255).all()
-    assert show_images([array] * 3, ["汤", "面", "饭"], columns=2, side=32).size[1] == 2 * (32 + 20) + 3
+    assert show_images([array] * 3, ["汤", "面", "饭"], columns=2, side=32).size[1] == 2 * (32 + 24) + 3
 
 
 @pytest.mark.parametrize("side", [32, 64, 96, 128])
