@@ -76,7 +76,8 @@ def test_show_images_takes_tensors_and_arrays():
         assert sheet.mode == "P" and sheet.size == (32 + 2 * 3, 32 + 2 * 3)
         colours = np.asarray(sheet.convert("RGB"))
         assert (colours[6, 20] == 0).all() and (colours[32, 20] == 255).all()
-    assert show_images([array] * 3, ["汤", "面", "饭"], columns=2, side=32).size[1] == 2 * (32 + 24) + 3
+    sheet = show_images([array] * 3, ["汤", "面", "饭"], columns=2, side=32)
+    assert sheet.size[1] == 2 * (32 + 24) + 3
 
 
 @pytest.mark.parametrize("side", [32, 64, 96, 128])
