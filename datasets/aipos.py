@@ -100,7 +100,8 @@ class AiposFood(torch.utils.data.Dataset):
         self.skipped = 0
 
         photos = list_photos(folder)
-        progress = tqdm(photos, desc=f"opening {folder}", unit="photo", delay=2, leave=False)
+        description = f"opening {Path(folder).name}"
+        progress = tqdm(photos, desc=description, unit="photo", delay=2, leave=False)
         for file, dish_name in progress:
             try:
                 load_photo(file, 32)  # a test: raises if the file cannot be decoded

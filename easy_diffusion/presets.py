@@ -102,6 +102,8 @@ def build_networks(
 def prepare_dishes(folder: Path, count: int, size: int) -> lmdb_store.ImageCaptionStore:
     """Open the LMDB store of `count` drawn dishes in `folder`, and draw those that are missing.
 
+    A store that already holds more is returned with all of them.
+
     size: height and width of the images in pixels.
     """
     lmdb_environment.recover(folder)

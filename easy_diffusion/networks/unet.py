@@ -118,7 +118,9 @@ class UNet(nn.Module):
                 f"attention needs one entry a level: {len(channels)}, not {len(attention)}"
             )
         if pooled and context_dim is None:
-            raise ValueError("pooled=True needs a context: give a context_dim")
+            raise ValueError(
+                "pooled=True needs a context: give a context_dim, or pooled=False without captions"
+            )
         # Saved with the weights and read by weights_io.py
         self.settings = dict(
             in_channels=in_channels,
