@@ -134,9 +134,11 @@ def main():
     check_classifier_accuracy(accuracy, quick)
 
     # Autoencoder
-    latents, autoencoder = presets.prepare_latents(
-        images, options.out, size, minutes, measure_accuracy
+    evaluate = partial(
+        presets.evaluate_autoencoder, images=test_images, names=test_names,
+        measure_accuracy=measure_accuracy,
     )
+    latents, autoencoder = presets.prepare_latents(images, options.out, size, minutes, evaluate)
     checkpoint = load_checkpoint(options.out / f"autoencoder_{size}.training.safetensors")
     quality = measure_reconstruction(autoencoder, measure_accuracy, test_images, test_names)
     quality = {"minutes": checkpoint["seconds"] / 60} | quality

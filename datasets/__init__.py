@@ -9,6 +9,7 @@ The files, in reading order:
     lmdb_environment.py    opens and writes an LMDB file, safely from several processes
     lmdb_store.py          ImageCaptionStore: image–caption records in an LMDB file, a "store"
     aipos_lmdb.py          writes a folder of photographs into a store
+    photo_views.py         PhotoViews: several crops of each photograph, and their store
     table_lmdb.py          writes a table of images and captions into a store
     pokemon_lmdb.py        PokemonLmdb: such a store of captioned Pokémon images
     caption_embeddings.py  adds the token embeddings of a frozen text encoder to a store

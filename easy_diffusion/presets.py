@@ -19,6 +19,7 @@ train_demo.py, the notebooks and the benchmarks use these presets.
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -203,20 +204,31 @@ def prepare_latents(
     out: Path,
     size: int,
     minutes: float,
-    measure_accuracy: Callable | None = None,
+    evaluate: Callable | None = None,
     initial: Autoencoder | None = None,
+    mirrored: bool = False,
+    **changes,
 ) -> tuple[LatentLmdb, Autoencoder]:
     """Train an autoencoder on a store of images, and encode the store: (latents, autoencoder).
 
     out: folder for the autoencoder and the latents; what it already contains is not redone.
     size: height and width of the images, which the file names contain.
     minutes: training time of the autoencoder.
-    measure_accuracy: see `evaluate_autoencoder`.
+    evaluate: (autoencoder, path of a PNG file to write) → a sentence, such as
+        `evaluate_autoencoder` with its other arguments; None: on 100 held-out drawn dishes.
     initial: an autoencoder whose weights the training starts from; None: random weights.
+    mirrored: whether the mirrored images are trained on and encoded, too.
+    changes: arguments of `train_autoencoder` that replace those of AUTOENCODER_TRAINING.
     """
     path = out / f"autoencoder_{size}.safetensors"
     if not path.exists():
-        train_and_save_autoencoder(store, path, size, minutes, measure_accuracy, initial)
+        if evaluate is None:
+            names = random.Random(0).sample(dish_names("held_out"), 100)
+            images = np.stack([draw_dish(name, size, seed=1) for name in names])
+            evaluate = partial(
+                evaluate_autoencoder, images=torch.from_numpy(images), names=names
+            )
+        train_and_save_autoencoder(store, path, minutes, evaluate, initial, mirrored, **changes)
     autoencoder = load_autoencoder(path).to(default_device())
     encode = make_encoder(autoencoder)
 
@@ -227,9 +239,9 @@ def prepare_latents(
     folder = out / f"latents_{size}"
     for _ in tqdm(
         encode_store(
-            store.folder, folder, encode_autocast, fingerprint(autoencoder), batch_size=BATCH
+            store.folder, folder, encode_autocast, fingerprint(autoencoder), mirrored, BATCH
         ),
-        desc="encoding dishes",
+        desc="encoding images",
         unit="batch",
         total=-(-len(store) // BATCH),
     ):
@@ -240,39 +252,58 @@ def prepare_latents(
 def train_and_save_autoencoder(
     store,
     path: Path,
-    size: int,
     minutes: float,
-    measure_accuracy: Callable | None = None,
+    evaluate: Callable,
     initial: Autoencoder | None = None,
+    mirrored: bool = False,
+    **changes,
 ) -> None:
     """Train the demo's autoencoder, or resume its training, and save it as `path`.
 
     Beside path = NAME.safetensors lie the checkpoint NAME.training.safetensors and the image
-    NAME.png of `evaluate_autoencoder`, which is renewed every minute.
+    NAME.png of `evaluate`, which is renewed every minute. Arguments as for `prepare_latents`.
     """
     checkpoint = path.with_suffix(".training.safetensors")
     sheet = path.with_suffix(".png")
     autoencoder = Autoencoder(**AUTOENCODER)
     if initial is not None:
         load_weights(autoencoder, initial.state_dict())
-    steps = train_demo_autoencoder(autoencoder, store, checkpoint, minutes)
+    images = Mirrored(store) if mirrored else store
+    steps = train_demo_autoencoder(autoencoder, images, checkpoint, minutes, **changes)
     evaluated_at = 0.0      # seconds
     for step in track_progress(steps, description="training the autoencoder"):
         if step.seconds > evaluated_at + 60:
             evaluated_at = step.seconds
-            result = evaluate_autoencoder(step.autoencoder, sheet, size, measure_accuracy)
+            result = evaluate(step.autoencoder, sheet)
             tqdm.write(f"after {evaluated_at / 60:.1f} minutes {result}")
     autoencoder = Autoencoder(**AUTOENCODER)
     load_weights(autoencoder, load_checkpoint(checkpoint)["models"]["ema"])
     measure_latent_scale(autoencoder, make_loader(store, BATCH))
     save_autoencoder(path, autoencoder)
-    print(evaluate_autoencoder(autoencoder, sheet, size, measure_accuracy))
+    print(evaluate(autoencoder, sheet))
+
+
+class Mirrored(torch.utils.data.Dataset):
+    """The images of a dataset, each mirrored horizontally with probability ½ at each access."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, caption = self.dataset[index]
+        return (image.flip(2) if torch.rand(()) < 0.5 else image), caption
 
 
 def train_demo_autoencoder(
-    autoencoder: Autoencoder, store, checkpoint: Path | None, minutes: float
+    autoencoder: Autoencoder, store, checkpoint: Path | None, minutes: float, **changes
 ) -> Iterator:
-    """Train the demo's autoencoder on a store of images; yields every AutoencoderStep."""
+    """Train the demo's autoencoder on a dataset of images; yields every AutoencoderStep.
+
+    changes: arguments of `train_autoencoder` that replace those of AUTOENCODER_TRAINING.
+    """
     return train_autoencoder(
         autoencoder,
         make_loader(store, AUTOENCODER_BATCH),
@@ -280,37 +311,35 @@ def train_demo_autoencoder(
         steps=None,
         checkpoint=checkpoint,
         save_seconds=min(30, 3 * minutes),
-        **AUTOENCODER_TRAINING,
+        **AUTOENCODER_TRAINING | changes,
     )
 
 
 def evaluate_autoencoder(
     autoencoder: Autoencoder,
     path: Path,
-    size: int,
+    images: torch.Tensor,
+    names: list[str],
     measure_accuracy: Callable | None = None,
-    count: int = 100,
 ) -> str:
-    """Reconstruct `count` held-out dishes; returns a sentence with PSNR and SSIM.
+    """Reconstruct held-out images uint8 [N, 3, H, W]; returns a sentence with PSNR and SSIM.
 
-    path: PNG file to write, with twelve dishes as drawn (left) and as reconstructed (right).
-    measure_accuracy: (images uint8 [B, 3, H, W], names) → prompt accuracy in [0, 1], which
-        then is also part of the sentence.
+    path: PNG file to write, with the first twelve images (left) and their reconstructions (right).
+    measure_accuracy: (images uint8 [N, 3, H, W], names) → accuracy in [0, 1], which then is also
+        part of the sentence.
     """
-    names = random.Random(0).sample(dish_names("held_out"), count)
-    images = torch.from_numpy(np.stack([draw_dish(name, size, seed=1) for name in names]))
-    reconstructions = reconstruct(autoencoder, images)              # [B, 3, H, W]
+    reconstructions = reconstruct(autoencoder, images)              # [N, 3, H, W]
     pairs = torch.stack([images, reconstructions], dim=1)[:12]      # [12, 2, 3, H, W]
     rows = [list(pair) for pair in pairs.permute(0, 1, 3, 4, 2).numpy()]
-    sheet = contact_sheet(rows, names[:12], columns=3, side=size)
+    sheet = contact_sheet(rows, names[:12], columns=3, side=images.shape[2])
     write_atomically(path, encode_png(sheet))
     sentence = (
-        "held-out dishes are reconstructed with a PSNR of "
+        "held-out images are reconstructed with a PSNR of "
         f"{psnr(images, reconstructions).mean():.1f} dB "
         f"and an SSIM of {ssim(images, reconstructions).mean():.2f}"
     )
     if measure_accuracy is not None:
-        sentence += f"; prompt accuracy {measure_accuracy(reconstructions, names):.0%}"
+        sentence += f"; accuracy {measure_accuracy(reconstructions, names):.0%}"
     return sentence
 
 

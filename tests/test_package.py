@@ -19,9 +19,9 @@ LAYERS = [
     {"diffusion", "networks", "files", "images", "diagrams", "command_line", "datasets"},
     {"training", "evaluation", "latent_space", "animation"},
     {"inpainting"},
-    {"presets", "pretrained", "generate", "dish_classifier", "notebook"},
+    {"presets", "pretrained", "generate", "dish_classifier", "photo_presets", "notebook"},
     {
-        "demo", "demo_options", "train_demo", "app", "app_requests",
+        "demo", "demo_options", "train_demo", "train_photos", "app", "app_requests",
         "train_model", "train_options", "train_setup",
     },
 ]

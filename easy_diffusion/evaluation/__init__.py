@@ -4,10 +4,12 @@ The files, in reading order:
 
     attribute_classifier.py   a classifier of the ingredients and the way of cooking in an image of
                               a dish; prompt accuracy, the fraction of samples that are as asked
+    photo_classifier.py       a linear probe that names the dish in a photograph, distances between
+                              sets of photographs, and a check for copies
     metrics.py                Fréchet and kernel distance between samples and real images; PSNR,
                               SSIM and sharpness of reconstructions
 
-The folder needs no other folder of this package, only torch.
+The folder needs no other folder of this package, only torch and tqdm.
 """
 
 from .attribute_classifier import (
@@ -18,16 +20,32 @@ from .attribute_classifier import (
     train_attribute_classifier,
 )
 from .metrics import frechet_distance, kernel_distance, psnr, sharpness, ssim
+from .photo_classifier import (
+    LinearProbe,
+    PhotoMetrics,
+    compute_features,
+    copied_share,
+    nearest_neighbours,
+    top_k_accuracy,
+    train_linear_probe,
+)
 
 __all__ = [
     "AttributeClassifier",
+    "LinearProbe",
+    "PhotoMetrics",
     "augment",
     "classifier_features",
+    "compute_features",
+    "copied_share",
     "frechet_distance",
     "kernel_distance",
+    "nearest_neighbours",
     "prompt_accuracy",
     "psnr",
     "sharpness",
     "ssim",
+    "top_k_accuracy",
     "train_attribute_classifier",
+    "train_linear_probe",
 ]

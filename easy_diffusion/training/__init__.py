@@ -23,7 +23,7 @@ The files, in reading order:
     lock.py                one training at a time for a checkpoint
     progress.py            progress bar, CSV log, curves, TensorBoard
     train_autoencoder.py   training an autoencoder
-    autoencoder_losses.py  its losses: reconstruction, perceptual, patch discriminator
+    autoencoder_losses.py  its losses: structure, distance in features, LPIPS, discriminator
     finetune_cn_clip.py    fine-tuning Chinese CLIP on one's own dishes
 
 This folder needs diffusion/, networks/ and files.py beside it. It needs torch, safetensors,
@@ -33,8 +33,10 @@ logs need tensorboard.
 
 from .autoencoder_losses import (
     LPIPS,
+    FeatureDistance,
     PatchDiscriminator,
     adaptive_weight,
+    build_perceptual,
     discriminator_loss,
     laplacian_pyramid,
     structure_loss,
@@ -139,6 +141,7 @@ __all__ = [
     "BatchDataset",
     "CsvLog",
     "CudaGraphs",
+    "FeatureDistance",
     "FinetuneStep",
     "LossHistory",
     "MicroBatches",
@@ -161,6 +164,7 @@ __all__ = [
     "WeightCasts",
     "adaptive_weight",
     "any_rank",
+    "build_perceptual",
     "autocast",
     "average_gradients",
     "broadcast_parameters",

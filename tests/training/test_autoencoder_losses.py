@@ -8,8 +8,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from easy_diffusion.training.autoencoder_losses import (
     LPIPS,
+    FeatureDistance,
     PatchDiscriminator,
     adaptive_weight,
+    build_perceptual,
     discriminator_loss,
     laplacian_pyramid,
     structure_loss,
@@ -143,3 +145,32 @@ def test_lpips_refuses_other_files(lpips_files, tmp_path):
     (tmp_path / "truncated.pth").write_bytes(linear.read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged"):
         LPIPS(vgg, tmp_path / "truncated.pth")
+
+
+class TwoMaps(nn.Module):
+    """A network with two feature maps: the image, and its 2×2 means with a fourth channel."""
+
+    def feature_maps(self, x):
+        small = nn.functional.avg_pool2d(x, 2)
+        return [x, torch.cat([small, small[:, :1] ** 2], dim=1)]
+
+
+def test_the_feature_distance_is_its_formula():
+    x, y = random_images(seed=0).double(), random_images(seed=1).double()
+    expected = torch.zeros(2, dtype=torch.float64)
+    for a, b in zip(TwoMaps().feature_maps(x), TwoMaps().feature_maps(y)):
+        cosine = nn.functional.cosine_similarity(a, b, dim=1)       # |a - b|² = 2 - 2 cos
+        expected += (2 - 2 * cosine).mean(dim=(1, 2)) / 2
+    torch.testing.assert_close(FeatureDistance(TwoMaps())(x, y), expected, rtol=0, atol=1e-8)
+    assert FeatureDistance(TwoMaps())(x, x).tolist() == [0.0, 0.0]
+
+
+def test_efficientnet_is_built_by_its_name():
+    distance = build_perceptual("efficientnet")
+    x = random_images(size=64)
+    blurred = nn.functional.avg_pool2d(x, 5, stride=1, padding=2)
+    assert distance(x, x).abs().max() == 0
+    assert (distance(x, blurred) > 0.1).all()
+    assert build_perceptual(None) is None and build_perceptual(distance) is distance
+    with pytest.raises(ValueError, match="not 'vgg'"):
+        build_perceptual("vgg")

@@ -1,0 +1,192 @@
+"""From a folder of photographs to samples: reconstruction, samples and copies, over hours.
+
+    python -m benchmarks.photos --photos FOLDER [--quick]
+
+FOLDER has one subfolder per dish. Without it drawn dishes take the place of photographs.
+
+The main table compares the terms of the autoencoder's loss. Each autoencoder starts from the
+weights of this repository and is trained for the same time on the views of the training
+photographs. On the test photographs it is judged by PSNR, SSIM, sharpness, the accuracy of the
+linear probe, and the distance in the features of another network, EfficientNet-Lite 2. losses.png
+in --out shows them.
+
+Then `python -m easy_diffusion.train_photos` runs with its presets, or resumes. Its log is the
+second table: accuracy, distances and copies over the time of the training.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from datasets.dishes import dish_names, draw_dish
+from easy_diffusion import photo_presets, presets, train_photos
+from easy_diffusion.evaluation.metrics import psnr, sharpness, ssim
+from easy_diffusion.evaluation.photo_classifier import PhotoMetrics
+from easy_diffusion.files import write_atomically
+from easy_diffusion.images import contact_sheet, encode_png
+from easy_diffusion.networks.autoencoder import Autoencoder, load_autoencoder
+from easy_diffusion.networks.image_features import ImageFeatures
+from easy_diffusion.pretrained import WEIGHTS, autoencoder_path
+from easy_diffusion.training.autoencoder_losses import FeatureDistance, PatchDiscriminator
+from easy_diffusion.training.checkpoint import load_checkpoint
+
+from .report import finish
+
+LOSSES = {
+    "|x - y|": dict(squared=0.0),
+    "+ squared": dict(),
+    "+ squared, structure": dict(structure=1.0),
+    "+ squared, discriminator": dict(discriminator=True, discriminator_from=0.25),
+    "+ squared, features 0.1": dict(perceptual="efficientnet", perceptual_weight=0.1),
+    "+ squared, features 0.3": dict(perceptual="efficientnet", perceptual_weight=0.3),
+    "+ squared, features 1": dict(perceptual="efficientnet", perceptual_weight=1.0),
+}
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.photos",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="run every part for a few seconds; the figures are not saved",
+    )
+    parser.add_argument("--photos", type=Path, help="one subfolder of photographs per dish")
+    parser.add_argument(
+        "--loss-minutes", type=float, default=1.0 if torch.cuda.is_available() else 8.0,
+        help="training time of each autoencoder that is compared",
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="of the network, see easy_diffusion.train_photos"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/photos"),
+        help="folder for the views, the checkpoints and the images",
+    )
+    return parser.parse_args()
+
+
+def draw_photographs(folder: Path, size: int, per_dish: int) -> Path:
+    """Write drawn dishes of six names as a folder of photographs."""
+    for name in dish_names("train")[::500][:6]:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for seed in range(per_dish):
+            pixels = draw_dish(name, size + 16, seed).transpose(1, 2, 0)
+            Image.fromarray(pixels).save(folder / name / f"{seed}.png")
+    return folder
+
+
+def compare_losses(
+    photographs, metrics: PhotoMetrics, size: int, minutes: float, path: Path
+) -> list[dict]:
+    """Train an autoencoder with each of the LOSSES; returns a row for each.
+
+    path: PNG file for eight test photographs (above) and a row of reconstructions for each loss.
+    """
+    images, names = photographs.test_images, photographs.test_names
+    judge = FeatureDistance(ImageFeatures("lite2")).to(presets.default_device())
+    shown = slice(None, None, max(1, len(images) // 8))
+    rows = []
+    sheet = [[image] for image in images[shown][:8]]
+    for name, changes in LOSSES.items():
+        torch.manual_seed(0)
+        autoencoder = Autoencoder(**presets.AUTOENCODER)
+        if autoencoder_path(WEIGHTS, size).exists():
+            autoencoder = load_autoencoder(autoencoder_path(WEIGHTS, size))
+        if changes.get("discriminator"):
+            changes = changes | {"discriminator": PatchDiscriminator()}
+        steps = presets.train_demo_autoencoder(
+            autoencoder.train(), presets.Mirrored(photographs.store), None, minutes, **changes
+        )
+        for step in tqdm(steps, desc=name):
+            pass
+        y = presets.reconstruct(step.autoencoder, images)
+        row = {"loss": name, "steps": step.index + 1}
+        row |= measure(images, y, judge) | train_photos.measure_accuracy(metrics, y, names)
+        rows.append(row)
+        tqdm.write(str(row))
+        sheet += [[image] for image in y[shown][:8]]
+    cells = [[image.permute(1, 2, 0).numpy() for image in cell] for cell in sheet]
+    write_atomically(path, encode_png(contact_sheet(cells, None, columns=8, side=size)))
+    return rows
+
+
+@torch.no_grad()
+def measure(images, y, judge: FeatureDistance) -> dict:
+    """Quality of reconstructions y of images, both uint8 [N, 3, H, W]."""
+    device = next(judge.parameters()).device
+    pairs = zip(images.split(32), y.split(32))
+    distances = [judge(*(x.to(device) / 127.5 - 1 for x in pair)) for pair in pairs]
+    return {
+        "psnr_db": float(psnr(images, y).mean()),
+        "ssim": float(ssim(images, y).mean()),
+        "sharpness": float((sharpness(y) / sharpness(images)).mean()),
+        "feature_distance": float(torch.cat(distances).mean()),
+    }
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of the training's log that have measurements."""
+    columns = ("top1", "top5", "kernel_distance", "copied_share")
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            {"minutes": float(row["seconds"]) / 60, "steps": int(row["index"]) + 1}
+            | {column: float(row[column]) for column in columns}
+            for row in csv.DictReader(file) if row["top1"]
+        ]
+
+
+def main():
+    options = parse_options()
+    quick = options.quick
+    size = 32 if quick else photo_presets.SIZE
+    options.out.mkdir(parents=True, exist_ok=True)
+    folder = options.photos
+    if folder is None:
+        folder = draw_photographs(options.out / "drawn", size, 20 if quick else 100)
+
+    # The terms of the autoencoder's loss
+    photographs = photo_presets.prepare_views(folder, options.out, size, 2 if quick else 5)
+    metrics = photo_presets.prepare_metrics(photographs, options.out / "features.safetensors")
+    loss_minutes = 0.02 if quick else options.loss_minutes
+    rows = compare_losses(photographs, metrics, size, loss_minutes, options.out / "losses.png")
+
+    # From the folder to samples
+    arguments = [str(folder), "--out", str(options.out), "--size", str(size)]
+    if quick:
+        arguments += ["--views", "2", "--minutes", "0.05", "--autoencoder-minutes", "0.05"]
+        arguments += ["--samples", "6", "--batch-size", "16"]
+    elif options.minutes is not None:
+        arguments += ["--minutes", str(options.minutes)]
+    train_photos.main(arguments)
+    report = json.loads((options.out / "report.json").read_text("utf-8"))
+    progress = read_log(options.out / "log.csv")
+    seconds = sum(
+        load_checkpoint(options.out / name)["seconds"]
+        for name in (f"autoencoder_{size}.training.safetensors", "model.safetensors")
+    )
+    claims = {
+        "photos_top1": report["real"]["top1"],
+        "photos_top5": report["real"]["top5"],
+        "reconstructed_top1": report["reconstructed"]["top1"],
+        "psnr_db": report["reconstructed"]["psnr_db"],
+        "best_psnr_db": max(row["psnr_db"] for row in rows),
+        "samples_top1": report["samples"]["top1"],
+        "samples_top5": report["samples"]["top5"],
+        "kernel_distance": report["samples"]["kernel_distance"],
+        "first_kernel_distance": progress[0]["kernel_distance"],
+        "copied_share": report["samples"]["copied_share"],
+        "hours": seconds / 3600,
+    }
+    finish("photos", claims, rows, quick, progress=progress)
+
+
+if __name__ == "__main__":
+    main()
