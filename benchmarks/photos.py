@@ -134,7 +134,7 @@ def measure(images, y, judge: FeatureDistance) -> dict:
 
 def read_log(path: Path) -> list[dict]:
     """The rows of the training's log that have measurements."""
-    columns = ("top1", "top5", "kernel_distance", "copied_share")
+    columns = ("top1", "top5", "kernel_distance", "copied_fraction")
     with path.open(encoding="utf-8", newline="") as file:
         return [
             {"minutes": float(row["seconds"]) / 60, "steps": int(row["index"]) + 1}
@@ -182,7 +182,7 @@ def main():
         "samples_top5": report["samples"]["top5"],
         "kernel_distance": report["samples"]["kernel_distance"],
         "first_kernel_distance": progress[0]["kernel_distance"],
-        "copied_share": report["samples"]["copied_share"],
+        "copied_share": report["samples"]["copied_fraction"],
         "hours": seconds / 3600,
     }
     finish("photos", claims, rows, quick, progress=progress)

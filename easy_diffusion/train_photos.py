@@ -219,7 +219,7 @@ def train_network(options, latents, autoencoder: Autoencoder, metrics: PhotoMetr
         network, encoder, diffusion, latents, checkpoint, options.minutes,
         min(options.batch_size, len(latents)), **photo_presets.PHOTO_TRAINING,
     )
-    columns = ["top1", "top5", "kernel_distance", "frechet_distance", "copied_share"]
+    columns = ["top1", "top5", "kernel_distance", "frechet_distance", "copied_fraction"]
     for _ in track_progress(
         steps, csv=options.out / "log.csv", evaluate=evaluate,
         evaluate_minutes=options.evaluate_minutes, extra_columns=[*columns, "copy_distance"],

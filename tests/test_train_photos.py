@@ -51,7 +51,7 @@ def test_the_report_has_all_measurements(finished):
     assert report["reconstructed"]["psnr_db"] > 10
     samples = report["samples"]
     assert 0 <= samples["top1"] <= samples["top5"] == 1     # there are three names
-    assert samples["kernel_distance"] > 0 and 0 <= samples["copied_share"] <= 1
+    assert samples["kernel_distance"] > 0 and 0 <= samples["copied_fraction"] <= 1
 
 
 def test_images_and_the_log_are_written(finished):

@@ -130,7 +130,7 @@ def nearest_neighbours(
     return 1 - largest, index
 
 
-def copied_share(
+def copied_fraction(
     samples: torch.Tensor, training: torch.Tensor, unseen: torch.Tensor, quantile: float = 0.01
 ) -> tuple[float, float]:
     """Return the fraction of samples that are suspected copies, and the distance below which.
@@ -183,11 +183,11 @@ class PhotoMetrics:
         return top_k_accuracy(logits, self._labels(names), k)
 
     def measure(self, samples: torch.Tensor, names: list[str]) -> dict[str, float]:
-        """Return accuracies, distances and the share of copies of samples uint8 [N, 3, H, W].
+        """Return accuracies, distances and the fraction of copies of samples uint8 [N, 3, H, W].
 
         "top1", "top5": of the names that the samples were asked for. "kernel_distance" and
         "frechet_distance": to N training photographs of the same names, chosen at random.
-        "copied_share": see `copied_share`, with the threshold "copy_distance".
+        "copied_fraction": see `copied_fraction`, with the threshold "copy_distance".
 
         Raises ValueError for a name that no training photograph has.
         """
@@ -195,13 +195,13 @@ class PhotoMetrics:
         labels = self._labels(names)
         logits = self.probe(features)
         real = self.training[self._choose_photographs(names)]               # [N, D]
-        share, threshold = copied_share(features, self.training, self.unseen)
+        copied, threshold = copied_fraction(features, self.training, self.unseen)
         return {
             "top1": top_k_accuracy(logits, labels, 1),
             "top5": top_k_accuracy(logits, labels, 5),
             "kernel_distance": kernel_distance(features, real)[0],
             "frechet_distance": frechet_distance(features, real),
-            "copied_share": share,
+            "copied_fraction": copied,
             "copy_distance": threshold,
         }
 

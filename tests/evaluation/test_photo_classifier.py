@@ -6,7 +6,7 @@ import torch
 from easy_diffusion.evaluation.photo_classifier import (
     PhotoMetrics,
     compute_features,
-    copied_share,
+    copied_fraction,
     nearest_neighbours,
     top_k_accuracy,
     train_linear_probe,
@@ -105,16 +105,16 @@ def test_copies_are_found_and_new_samples_are_not():
     unseen = torch.randn(2000, 8, generator=generator)
     new = torch.randn(2000, 8, generator=generator)
     copies = training[:50] + 0.01 * torch.randn(50, 8, generator=generator)
-    assert copied_share(copies, training, unseen)[0] == 1.0
-    share, threshold = copied_share(new, training, unseen, quantile=0.05)
-    assert 0.03 < share < 0.07                              # standard error 0.005, twice
+    assert copied_fraction(copies, training, unseen)[0] == 1.0
+    fraction, threshold = copied_fraction(new, training, unseen, quantile=0.05)
+    assert 0.03 < fraction < 0.07                              # standard error 0.005, twice
     assert threshold > 0
 
 
 def test_all_metrics_at_once(metrics):
     good = metrics.measure(coloured_images(NAMES * 10, seed=3), NAMES * 10)
     assert good["top1"] == good["top5"] == 1.0
-    assert good["copied_share"] < 0.2
+    assert good["copied_fraction"] < 0.2
     shuffled = NAMES[1:] + NAMES[:1]
     assert metrics.measure(coloured_images(NAMES * 10, seed=3), shuffled * 10)["top1"] == 0.0
     dark = coloured_images(NAMES * 10, seed=3) // 2
@@ -122,7 +122,7 @@ def test_all_metrics_at_once(metrics):
     assert bad["kernel_distance"] > 10 * abs(good["kernel_distance"])
     assert bad["frechet_distance"] > 10 * good["frechet_distance"]
     copied = metrics.measure(coloured_images(NAMES * 40, seed=1), NAMES * 40)
-    assert copied["copied_share"] == 1.0
+    assert copied["copied_fraction"] == 1.0
 
 
 def test_photographs_are_classified(metrics):
