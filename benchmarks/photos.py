@@ -38,7 +38,7 @@ from easy_diffusion.training.checkpoint import load_checkpoint
 from .report import finish
 
 LOSSES = {
-    "|x - y|": dict(squared=0.0),
+    "absolute": dict(squared=0.0),
     "+ squared": dict(),
     "+ squared, structure": dict(structure=1.0),
     "+ squared, discriminator": dict(discriminator=True, discriminator_from=0.25),
