@@ -110,7 +110,8 @@ def load_model(folder=WEIGHTS, size: int | None = None) -> Model:
     sizes = find_sizes(folder)
     if not sizes:
         raise FileNotFoundError(
-            f"no trained model in {folder}: python -m easy_diffusion.train_demo trains one"
+            f"no trained model in {Path(folder).absolute()}: this repository's are in its folder "
+            "weights/; python -m easy_diffusion.train_demo trains one"
         )
     size = size or sizes[-1]
     if size not in sizes:

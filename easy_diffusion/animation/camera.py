@@ -236,11 +236,15 @@ def render_view(
     """Render what the camera shows as a frame uint8 [H, W, 3].
 
     layers: images and their boxes in one plane; each covers those before it.
-    view: the box that the camera shows; it must lie within the first layer's box.
+    view: the box that the camera shows; it must lie within the first layer's box, else ValueError.
     size: (W, H) of the frame in pixels.
     """
     pil_frame = Image.new("RGB", size)
     view_left, view_top, view_right, view_bottom = view
+    left, top, right, bottom = layers[0][1]
+    margins = view_left - left, view_top - top, right - view_right, bottom - view_bottom
+    if min(margins) < -1e-6:
+        raise ValueError(f"the view {view} is not within the first layer's box {layers[0][1]}")
     scale_x = size[0] / (view_right - view_left)
     scale_y = size[1] / (view_bottom - view_top)
     for layer, (left, top, right, bottom) in layers:

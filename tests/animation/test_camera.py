@@ -286,3 +286,10 @@ def test_the_box_of_the_infinite_zoom_shows_the_image_with_its_own_box():
     scaled_twice = np.asarray(pil_image.resize((6, 6), Image.Resampling.BICUBIC))
     assert np.abs(shown[inner_box].astype(int) - scaled_twice)[:2].max() <= 1
     assert not np.array_equal(shown[inner_box], scaled[inner_box])
+
+
+def test_a_view_outside_the_first_layer_is_refused():
+    layer = Image.new("RGB", (90, 60)), (0, 0, 90, 60)
+    assert camera.render_view([layer], (0, 0, 90, 60), (90, 60)).shape == (60, 90, 3)
+    with pytest.raises(ValueError, match=r"view \(8, 12, 52, 78\) is not within"):
+        camera.render_view([layer], (8, 12, 52, 78), (60, 90))
