@@ -4,14 +4,17 @@
 
 FOLDER has one subfolder per dish. Without it drawn dishes take the place of photographs.
 
-The main table compares the terms of the autoencoder's loss. Each autoencoder starts from the
-weights of this repository and is trained for the same time on the views of the training
-photographs. On the test photographs it is judged by PSNR, SSIM, sharpness, the accuracy of the
-linear probe, and the distance in the features of another network, EfficientNet-Lite 2. losses.png
-in --out shows them.
+The main table compares the terms of the autoencoder's loss, on photographs and on drawn dishes.
+Each autoencoder starts from the weights of this repository and is trained for the same time on
+views of the training images. On the test images it is judged by PSNR, SSIM, sharpness, the accuracy
+of the linear probe, and the distance in the features of another network, EfficientNet-Lite 2.
+losses.png in --out, and in its subfolder drawn_dishes, show the test images in the first row, and
+below them a row for each loss.
 
-Then `python -m easy_diffusion.train_photos` runs with its presets, or resumes. Its log is the
-second table: accuracy, distances and copies over the time of the training.
+Then `python -m easy_diffusion.train_photos` runs with its presets. Its log is the second table:
+accuracy, distances and copies over the time of the training.
+
+All trainings are resumed by the same command, and not repeated once they are done.
 """
 
 import argparse
@@ -31,9 +34,12 @@ from easy_diffusion.files import write_atomically
 from easy_diffusion.images import contact_sheet, encode_png
 from easy_diffusion.networks.autoencoder import Autoencoder, load_autoencoder
 from easy_diffusion.networks.image_features import ImageFeatures
+from easy_diffusion.networks.weights_io import load_weights
+from easy_diffusion.photo_presets import Photographs
 from easy_diffusion.pretrained import WEIGHTS, autoencoder_path
 from easy_diffusion.training.autoencoder_losses import FeatureDistance, PatchDiscriminator
 from easy_diffusion.training.checkpoint import load_checkpoint
+from easy_diffusion.training.progress import track_progress
 
 from .report import finish
 
@@ -42,7 +48,6 @@ LOSSES = {
     "+ squared": dict(),
     "+ squared, structure": dict(structure=1.0),
     "+ squared, discriminator": dict(discriminator=True, discriminator_from=0.25),
-    "+ squared, features 0.1": dict(perceptual="efficientnet", perceptual_weight=0.1),
     "+ squared, features 0.3": dict(perceptual="efficientnet", perceptual_weight=0.3),
     "+ squared, features 1": dict(perceptual="efficientnet", perceptual_weight=1.0),
 }
@@ -73,9 +78,11 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def draw_photographs(folder: Path, size: int, per_dish: int) -> Path:
-    """Write drawn dishes of six names as a folder of photographs."""
-    for name in dish_names("train")[::500][:6]:
+def draw_photographs(folder: Path, size: int, dishes: int, per_dish: int) -> Path:
+    """Write drawn dishes as a folder of photographs, unless it is there."""
+    for name in dish_names("train")[::150][:dishes]:
+        if (folder / name).exists():
+            continue
         (folder / name).mkdir(parents=True, exist_ok=True)
         for seed in range(per_dish):
             pixels = draw_dish(name, size + 16, seed).transpose(1, 2, 0)
@@ -84,37 +91,43 @@ def draw_photographs(folder: Path, size: int, per_dish: int) -> Path:
 
 
 def compare_losses(
-    photographs, metrics: PhotoMetrics, size: int, minutes: float, path: Path
+    kind: str, photographs: Photographs, metrics: PhotoMetrics, size: int, minutes: float, out: Path
 ) -> list[dict]:
     """Train an autoencoder with each of the LOSSES; returns a row for each.
 
-    path: PNG file for eight test photographs (above) and a row of reconstructions for each loss.
+    kind: of the images, for the rows.
+    out: folder for the checkpoints in losses/, and losses.png.
     """
     images, names = photographs.test_images, photographs.test_names
     judge = FeatureDistance(ImageFeatures("lite2")).to(presets.default_device())
+    (out / "losses").mkdir(parents=True, exist_ok=True)
     shown = slice(None, None, max(1, len(images) // 8))
     rows = []
     sheet = [[image] for image in images[shown][:8]]
-    for name, changes in LOSSES.items():
+    for number, (name, changes) in enumerate(LOSSES.items()):
         torch.manual_seed(0)
         autoencoder = Autoencoder(**presets.AUTOENCODER)
         if autoencoder_path(WEIGHTS, size).exists():
             autoencoder = load_autoencoder(autoencoder_path(WEIGHTS, size))
         if changes.get("discriminator"):
             changes = changes | {"discriminator": PatchDiscriminator()}
+        checkpoint = out / "losses" / f"{number}.safetensors"
         steps = presets.train_demo_autoencoder(
-            autoencoder.train(), presets.Mirrored(photographs.store), None, minutes, **changes
+            autoencoder.train(), presets.Mirrored(photographs.store), checkpoint, minutes, **changes
         )
-        for step in tqdm(steps, desc=name):
+        for _ in track_progress(steps, description=name):
             pass
-        y = presets.reconstruct(step.autoencoder, images)
-        row = {"loss": name, "steps": step.index + 1}
+        saved = load_checkpoint(checkpoint)
+        load_weights(autoencoder, saved["models"]["ema"])
+        y = presets.reconstruct(autoencoder.eval().to(presets.default_device()), images)
+        row = {"images": kind, "loss": name, "steps": saved["index"]}
         row |= measure(images, y, judge) | train_photos.measure_accuracy(metrics, y, names)
         rows.append(row)
         tqdm.write(str(row))
         sheet += [[image] for image in y[shown][:8]]
     cells = [[image.permute(1, 2, 0).numpy() for image in cell] for cell in sheet]
-    write_atomically(path, encode_png(contact_sheet(cells, None, columns=8, side=size)))
+    sheet = contact_sheet(cells, None, columns=8, side=size)
+    write_atomically(out / "losses.png", encode_png(sheet))
     return rows
 
 
@@ -147,18 +160,24 @@ def main():
     options = parse_options()
     quick = options.quick
     size = 32 if quick else photo_presets.SIZE
-    options.out.mkdir(parents=True, exist_ok=True)
-    folder = options.photos
-    if folder is None:
-        folder = draw_photographs(options.out / "drawn", size, 20 if quick else 100)
+    drawn_out = options.out / "drawn_dishes"
+    dishes, per_dish = (6, 20) if quick else (20, 30)
+    drawn = draw_photographs(drawn_out / "images", size, dishes, per_dish)
+    folders = {"photographs": options.photos, "drawn dishes": drawn}
+    if options.photos is None:
+        del folders["photographs"]
 
     # The terms of the autoencoder's loss
-    photographs = photo_presets.prepare_views(folder, options.out, size, 2 if quick else 5)
-    metrics = photo_presets.prepare_metrics(photographs, options.out / "features.safetensors")
-    loss_minutes = 0.02 if quick else options.loss_minutes
-    rows = compare_losses(photographs, metrics, size, loss_minutes, options.out / "losses.png")
+    rows = []
+    for kind, folder in folders.items():
+        out = drawn_out if folder == drawn else options.out
+        photographs = photo_presets.prepare_views(folder, out, size, 2 if quick else 5)
+        metrics = photo_presets.prepare_metrics(photographs, out / "features.safetensors")
+        minutes = 0.02 if quick else options.loss_minutes
+        rows += compare_losses(kind, photographs, metrics, size, minutes, out)
 
     # From the folder to samples
+    folder = next(iter(folders.values()))
     arguments = [str(folder), "--out", str(options.out), "--size", str(size)]
     if quick:
         arguments += ["--views", "2", "--minutes", "0.05", "--autoencoder-minutes", "0.05"]
@@ -177,7 +196,7 @@ def main():
         "photos_top5": report["real"]["top5"],
         "reconstructed_top1": report["reconstructed"]["top1"],
         "psnr_db": report["reconstructed"]["psnr_db"],
-        "best_psnr_db": max(row["psnr_db"] for row in rows),
+        "best_psnr_db": max(row["psnr_db"] for row in rows if row["images"] == rows[0]["images"]),
         "samples_top1": report["samples"]["top1"],
         "samples_top5": report["samples"]["top5"],
         "kernel_distance": report["samples"]["kernel_distance"],

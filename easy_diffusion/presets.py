@@ -261,7 +261,8 @@ def train_and_save_autoencoder(
     """Train the demo's autoencoder, or resume its training, and save it as `path`.
 
     Beside path = NAME.safetensors lie the checkpoint NAME.training.safetensors and the image
-    NAME.png of `evaluate`, which is renewed every minute. Arguments as for `prepare_latents`.
+    NAME.png of `evaluate`, which is renewed after each tenth of the training, but not more often
+    than once a minute. Arguments as for `prepare_latents`.
     """
     checkpoint = path.with_suffix(".training.safetensors")
     sheet = path.with_suffix(".png")
@@ -272,7 +273,7 @@ def train_and_save_autoencoder(
     steps = train_demo_autoencoder(autoencoder, images, checkpoint, minutes, **changes)
     evaluated_at = 0.0      # seconds
     for step in track_progress(steps, description="training the autoencoder"):
-        if step.seconds > evaluated_at + 60:
+        if step.seconds > evaluated_at + max(60, minutes * 60 / 10):
             evaluated_at = step.seconds
             result = evaluate(step.autoencoder, sheet)
             tqdm.write(f"after {evaluated_at / 60:.1f} minutes {result}")

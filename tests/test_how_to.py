@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from datasets.dishes import draw_dish
+from easy_diffusion.networks.text_encoder import CnClipEncoder
 from easy_diffusion.train_options import parse_options
 
 from .inpainting.test_stable_diffusion_inpainter import folder  # noqa: F401
 from .networks.test_cn_clip_encoder import small  # noqa: F401
+from .training.test_finetune_cn_clip import cn_clip_file  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "how_to.md").read_text("utf-8")
@@ -25,6 +29,9 @@ SHORTER = [
     (r"steps=(1000|25|10)\b", "steps=2"),
     (r"range\(20\)", "range(1)"),
     (r"Dishes\(400, 64\)", "Dishes(16, 64)"),
+    (r"clip_cn_vit-b-16.pt\"\)\nmodel.to", 'clip.pt", "RN50", "RBT3-chinese")\nmodel.to'),
+    (r"views=5\), 64\)", "views=2), 4)"),              # of the batch
+    (r"steps=500", "steps=2"),
 ]
 
 
@@ -47,7 +54,7 @@ def run(tmp_path, monkeypatch, request):
 
 
 def test_the_recipes_are_short():
-    assert len(RECIPES) == 11
+    assert len(RECIPES) == 12
     for title, program in RECIPES.items():
         lines = [line for line in program.splitlines() if line.strip()]
         assert len(lines) <= 30, f"{title}: {len(lines)} lines"
@@ -113,6 +120,20 @@ def test_chinese_clip(run, small, tmp_path):  # noqa: F811
     torch.save(small, tmp_path / "clip_cn_vit-b-16.pt")
     names = run("use a Chinese CLIP checkpoint")
     assert names["context"].shape[::2] == (1, names["cn_clip"].dim)
+
+
+def test_fine_tuning_chinese_clip(run, cn_clip_file, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "clip.pt").symlink_to(cn_clip_file)
+    for i in range(30):
+        dish = tmp_path / "my_photos" / ("番茄炒鸡蛋", "土豆牛肉汤")[i % 2]
+        dish.mkdir(parents=True, exist_ok=True)
+        pixels = draw_dish(dish.name, 64, i).transpose(1, 2, 0)
+        Image.fromarray(pixels).save(dish / f"{i}.png")
+    names = run("fine-tune Chinese CLIP on my own photographs")
+    assert len(names["training"]) + len(names["test"].dataset) == 30
+    assert re.findall(r"(before|after): \d+\.\d%", capsys.readouterr().out) == ["before", "after"]
+    tuned = CnClipEncoder(tmp_path / "my_cn_clip.pt")
+    assert tuned.fingerprint() != CnClipEncoder(cn_clip_file).fingerprint()
 
 
 def test_stable_diffusions_inpainting_weights(run, folder, tmp_path):  # noqa: F811
