@@ -14,6 +14,10 @@ below them a row for each loss.
 Then `python -m easy_diffusion.train_photos` runs with its presets. Its log is the second table:
 accuracy, distances and copies over the time of the training.
 
+Third table: the ten camera moves over samples, over test photographs, and over drawn dishes with
+the network of this repository. The seam says how visible the border of the inpainted regions is,
+see evaluation/metrics.py. films_*.gif in --out show one image of each kind.
+
 All trainings are resumed by the same command, and not repeated once they are done.
 """
 
@@ -21,6 +25,7 @@ import argparse
 import csv
 import json
 from pathlib import Path
+from statistics import mean
 
 import torch
 from PIL import Image
@@ -28,15 +33,18 @@ from tqdm.auto import tqdm
 
 from datasets.dishes import dish_names, draw_dish
 from easy_diffusion import photo_presets, presets, train_photos
-from easy_diffusion.evaluation.metrics import psnr, sharpness, ssim
+from easy_diffusion.animation.camera import MOVES
+from easy_diffusion.animation.film import animate, mosaic, write_film
+from easy_diffusion.evaluation.metrics import psnr, seam, sharpness, ssim
 from easy_diffusion.evaluation.photo_classifier import PhotoMetrics
 from easy_diffusion.files import write_atomically
+from easy_diffusion.generate import make_model_inpainter
 from easy_diffusion.images import contact_sheet, encode_png
 from easy_diffusion.networks.autoencoder import Autoencoder, load_autoencoder
 from easy_diffusion.networks.image_features import ImageFeatures
 from easy_diffusion.networks.weights_io import load_weights
 from easy_diffusion.photo_presets import Photographs
-from easy_diffusion.pretrained import WEIGHTS, autoencoder_path
+from easy_diffusion.pretrained import WEIGHTS, Model, autoencoder_path, find_sizes, load_model
 from easy_diffusion.training.autoencoder_losses import FeatureDistance, PatchDiscriminator
 from easy_diffusion.training.checkpoint import load_checkpoint
 from easy_diffusion.training.progress import track_progress
@@ -145,6 +153,46 @@ def measure(images, y, judge: FeatureDistance) -> dict:
     }
 
 
+def measure_films(model: Model, images, names: list[str], steps: int, path: Path) -> dict:
+    """Animate images with the ten moves, as the demo does; returns the mean seam for each move.
+
+    model: the trained networks of the inpainter.
+    images, names: uint8 [N, 3, H, W], and the captions to inpaint with; "": without caption.
+    steps: noise levels of RePaint.
+    path: GIF file for the films of the first image.
+    """
+    seams, films = {}, []
+    for move in tqdm(MOVES, desc="films"):
+        values = []
+        for i, (image, name) in enumerate(zip(images, names)):
+            inpaint, inpaint_around = (
+                make_measuring_inpainter(model, caption, steps, values) for caption in (name, "")
+            )
+            film = animate(
+                image.permute(1, 2, 0).numpy(), move, inpaint, inpaint_around=inpaint_around,
+                seconds=2.0, fps=10,
+            )
+            if i == 0:
+                films.append(film)
+        seams[move] = mean(values)
+    write_film(path, mosaic(films, list(MOVES), columns=5, side=images.shape[2]), fps=10)
+    return seams
+
+
+def make_measuring_inpainter(model: Model, name: str, steps: int, seams: list[float]):
+    """Make an inpainter that appends the seam of each of its results to `seams`."""
+    guidance = photo_presets.GUIDANCE if name else 1.0
+    inpaint = make_model_inpainter(*model, name, steps, guidance)
+
+    def inpaint_and_measure(view, mask):
+        image = inpaint(view, mask)                                         # [H, W, 3]
+        channels_first = torch.from_numpy(image).permute(2, 0, 1)[None]
+        seams.append(float(seam(channels_first, torch.from_numpy(mask))))
+        return image
+
+    return inpaint_and_measure
+
+
 def read_log(path: Path) -> list[dict]:
     """The rows of the training's log that have measurements."""
     columns = ("top1", "top5", "kernel_distance", "copied_fraction")
@@ -175,6 +223,8 @@ def main():
         metrics = photo_presets.prepare_metrics(photographs, out / "features.safetensors")
         minutes = 0.02 if quick else options.loss_minutes
         rows += compare_losses(kind, photographs, metrics, size, minutes, out)
+        if kind == next(iter(folders)):
+            tested = photographs
 
     # From the folder to samples
     folder = next(iter(folders.values()))
@@ -187,6 +237,27 @@ def main():
     train_photos.main(arguments)
     report = json.loads((options.out / "report.json").read_text("utf-8"))
     progress = read_log(options.out / "log.csv")
+
+    # Films
+    count, steps = (1, 2) if quick else (2, 25)
+    model = load_model(options.out / "weights", size)
+    names = tested.test_names[:count]
+    samples, _ = train_photos.sample_photos(model, names, count, size)
+    filmed = {
+        "samples": (model, samples, names),
+        "photographs": (model, tested.test_images[:count], [""] * count),
+    }
+    if size in find_sizes(WEIGHTS):
+        names = dish_names("held_out")[:count]
+        dishes = torch.stack([torch.from_numpy(draw_dish(name, size, seed=1)) for name in names])
+        filmed["drawn dishes"] = (load_model(WEIGHTS, size), dishes, names)
+    seams = {
+        kind: measure_films(*films, steps, options.out / f"films_{kind.replace(' ', '_')}.gif")
+        for kind, films in filmed.items()
+    }
+    films = [{"move": move} | {kind: seams[kind][move] for kind in seams} for move in MOVES]
+    for row in films:
+        print(row)
     seconds = sum(
         load_checkpoint(options.out / name)["seconds"]
         for name in (f"autoencoder_{size}.training.safetensors", "model.safetensors")
@@ -204,7 +275,9 @@ def main():
         "copied_share": report["samples"]["copied_fraction"],
         "hours": seconds / 3600,
     }
-    finish("photos", claims, rows, quick, progress=progress)
+    claims |= {f"seam_{kind.replace(' ', '_')}": mean(seams[kind].values()) for kind in seams}
+    name = "photos" if options.photos else "photos_drawn"
+    finish(name, claims, rows, quick, progress=progress, films=films)
 
 
 if __name__ == "__main__":

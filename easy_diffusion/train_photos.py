@@ -93,8 +93,8 @@ def parse_options(arguments) -> argparse.Namespace:
         help="latents per training step of the network",
     )
     parser.add_argument(
-        "--evaluate-minutes", type=float, default=10.0,
-        help="training time of the network between two evaluations",
+        "--evaluate-minutes", type=float, default=argparse.SUPPRESS,
+        help="training time of the network between two evaluations (default: a sixth of --minutes)",
     )
     parser.add_argument(
         "--samples", type=int, default=200, help="number of samples in an evaluation",
@@ -110,6 +110,8 @@ def parse_options(arguments) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not hasattr(options, "autoencoder_minutes"):
         options.autoencoder_minutes = options.minutes / 2
+    if not hasattr(options, "evaluate_minutes"):
+        options.evaluate_minutes = options.minutes / 6
     check_size(parser, options.size)
     check_ranges(parser, options, {
         "minutes": (1e-3, math.inf),

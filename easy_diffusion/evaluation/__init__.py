@@ -7,7 +7,7 @@ The files, in reading order:
     photo_classifier.py       a linear probe that names the dish in a photograph, distances between
                               sets of photographs, and a check for copies
     metrics.py                Fréchet and kernel distance between samples and real images; PSNR,
-                              SSIM and sharpness of reconstructions
+                              SSIM and sharpness of reconstructions; how visible a seam is
 
 The folder needs no other folder of this package, only torch and tqdm.
 """
@@ -19,7 +19,7 @@ from .attribute_classifier import (
     prompt_accuracy,
     train_attribute_classifier,
 )
-from .metrics import frechet_distance, kernel_distance, psnr, sharpness, ssim
+from .metrics import frechet_distance, kernel_distance, psnr, seam, sharpness, ssim
 from .photo_classifier import (
     LinearProbe,
     PhotoMetrics,
@@ -43,6 +43,7 @@ __all__ = [
     "nearest_neighbours",
     "prompt_accuracy",
     "psnr",
+    "seam",
     "sharpness",
     "ssim",
     "top_k_accuracy",

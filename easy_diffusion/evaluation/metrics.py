@@ -1,4 +1,4 @@
-"""Metrics of images: Fréchet and kernel distance, PSNR, SSIM and sharpness.
+"""Metrics of images: Fréchet and kernel distance, PSNR, SSIM, sharpness and seams.
 
 Two distances compare a set of samples with a set of real images. Each image is given by its
 features, a vector of D values, such as those of `classifier_features`. With means μ, covariances Σ,
@@ -11,7 +11,8 @@ The Fréchet distance treats both sets as Gaussians. Its estimate is too large, 
 the images. The estimate of the kernel distance is unbiased and comes with its standard error.
 
 Three metrics judge the reconstructions of an autoencoder, image by image: PSNR and SSIM compare a
-reconstruction with its image, and sharpness, measured on both, shows how much was blurred.
+reconstruction with its image, and sharpness, measured on both, shows how much was blurred. A fourth
+one says how visible the border of an inpainted region is.
 
 The file needs nothing but torch.
 
@@ -155,3 +156,25 @@ def sharpness(images: torch.Tensor) -> torch.Tensor:
     laplacian = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=images.device)
     edges = F.conv2d(images.float().flatten(0, 1)[:, None], laplacian[None, None])
     return edges.unflatten(0, images.shape[:2]).flatten(1).std(dim=1)
+
+
+def seam(images: torch.Tensor, mask: torch.Tensor, width: int = 4) -> torch.Tensor:
+    """Return how visible the border of an inpainted region is; 1: not at all; [B].
+
+    It is the mean |x_i - x_j| over neighbouring pixels i, j on different sides of the border,
+    divided by the same mean over the neighbours on one side of it, both at most about `width`
+    pixels away. NaN if the mask has no border, infinite if both sides are constant.
+
+    images: uint8 [B, C, H, W]. mask: bool [H, W], True = inpainted.
+    """
+    inside = mask[None, None].to(images.device).float()                     # [1, 1, H, W]
+    dilate = torch.nn.MaxPool2d(2 * width + 1, stride=1, padding=width)
+    near_border = dilate(inside) * dilate(1 - inside)
+    across, beside = [], []
+    for dim in (2, 3):
+        differences = images.float().diff(dim=dim).abs().mean(dim=1)        # [B, H - 1, W] for H
+        crosses = inside.diff(dim=dim)[0, 0] != 0
+        is_near = near_border.narrow(dim, 1, near_border.shape[dim] - 1)[0, 0] > 0
+        across.append(differences[:, crosses])                              # [B, number of pairs]
+        beside.append(differences[:, is_near & ~crosses])
+    return torch.cat(across, dim=1).mean(dim=1) / torch.cat(beside, dim=1).mean(dim=1)

@@ -9,6 +9,7 @@ from easy_diffusion.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     psnr,
+    seam,
     sharpness,
     ssim,
 )
@@ -124,3 +125,26 @@ def test_blur_lowers_sharpness_and_brightness_does_not():
     assert sharpness(blurred) < 0.6 * sharpness(image)
     half_contrast = image // 2 + 20
     torch.testing.assert_close(sharpness(half_contrast), sharpness(image) / 2, rtol=0.02, atol=0)
+
+
+def test_a_seam_is_the_step_at_the_border_over_the_steps_beside_it():
+    ramp = torch.arange(0, 96, 3)[None].expand(32, 32)              # 3 levels a pixel to the right
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[:, 20:] = True
+    brighter = ramp + 12 * mask
+    images = torch.stack([ramp, brighter])[:, None].expand(2, 3, 32, 32).byte()
+    # Of the pairs beside the border half are horizontal, with 3 levels, and half are vertical.
+    pairs = 7 * 32 + 8 * 31
+    beside = 3 * 7 * 32 / pairs
+    expected = torch.tensor([3, 3 + 12]) / beside
+    torch.testing.assert_close(seam(images, mask), expected, rtol=1e-5, atol=0)
+
+
+def test_noise_has_no_seam_wherever_the_border_is():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (4, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[16:40, 10:50] = True
+    torch.testing.assert_close(seam(images, mask), torch.ones(4), rtol=0, atol=0.1)
+    torch.testing.assert_close(seam(images, ~mask), seam(images, mask), rtol=0, atol=0.05)
+    assert seam(images, torch.zeros_like(mask)).isnan().all()
