@@ -5,7 +5,7 @@ The folders, in reading order:
     diffusion/       noise schedules, prediction types, losses, samplers, guidance, flow matching
     networks/        UNet, autoencoder, text encoders; reading and writing their weights
     training/        the training loop and what surrounds it: data loader, optimizers, checkpoints
-    evaluation/      attribute classifier and prompt accuracy, Fréchet distance, PSNR, SSIM
+    evaluation/      classifiers, also by a diffusion model; Fréchet distance, PSNR, SSIM
     inpainting/      RePaint in pixels and in latents, Stable Diffusion's inpainting model
     animation/       camera moves over an image, written as GIF, WebP or MP4
 
@@ -24,6 +24,9 @@ and the files beside them:
     demo.py             the command python -m easy_diffusion.demo
     demo_options.py     its options
     train_demo.py       the command python -m easy_diffusion.train_demo
+    photo_presets.py    the presets for photographs
+    train_photos.py     the command python -m easy_diffusion.train_photos
+    classify.py         the command python -m easy_diffusion.classify
     app.py              the local web page: python -m easy_diffusion.app
     app_requests.py     what its buttons do
     train_model.py      the command python -m easy_diffusion.train_model

@@ -32,7 +32,7 @@ from .networks.image_features import ImageFeatures
 from .networks.text_encoder import CharacterEncoder
 from .networks.unet import UNet
 from .networks.weights_io import load_tree, save_tree
-from .presets import LATENT_UNET, TRAINING
+from .presets import LATENT_UNET
 from .training.distributed import default_device
 
 SIZE = 128              # height and width of an image in pixels
@@ -40,8 +40,7 @@ VIEWS = 5               # of each training photograph
 TEST_FRACTION = 0.1     # of the photographs, kept out of all trainings
 GUIDANCE = 3.0          # scale of classifier-free guidance
 AUTOENCODER_TRAINING = dict(perceptual="efficientnet", perceptual_weight=0.3)
-PHOTO_TRAINING = TRAINING | dict(ema=0.999)
-CPU_UNET = LATENT_UNET | dict(dropout=0.1)
+CPU_UNET = LATENT_UNET | dict(patch=2, dropout=0.1)     # 3.7 times as fast as with patch=1
 GPU_UNET = LATENT_UNET | dict(channels=(192, 256), heads=4, dropout=0.1)
 
 

@@ -219,7 +219,7 @@ def train_network(options, latents, autoencoder: Autoencoder, metrics: PhotoMetr
     checkpoint = options.out / "model.safetensors"
     steps = train_demo(
         network, encoder, diffusion, latents, checkpoint, options.minutes,
-        min(options.batch_size, len(latents)), **photo_presets.PHOTO_TRAINING,
+        min(options.batch_size, len(latents)),
     )
     columns = ["top1", "top5", "kernel_distance", "frechet_distance", "copied_fraction"]
     for _ in track_progress(

@@ -21,7 +21,7 @@ LAYERS = [
     {"inpainting"},
     {"presets", "pretrained", "generate", "dish_classifier", "photo_presets", "notebook"},
     {
-        "demo", "demo_options", "train_demo", "train_photos", "app", "app_requests",
+        "demo", "demo_options", "train_demo", "train_photos", "classify", "app", "app_requests",
         "train_model", "train_options", "train_setup",
     },
 ]

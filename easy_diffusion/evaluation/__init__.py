@@ -6,6 +6,7 @@ The files, in reading order:
                               a dish; prompt accuracy, the fraction of samples that are as asked
     photo_classifier.py       a linear probe that names the dish in a photograph, distances between
                               sets of photographs, and a check for copies
+    diffusion_classifier.py   which caption explains an image best, asked of a text-to-image model
     metrics.py                Fréchet and kernel distance between samples and real images; PSNR,
                               SSIM and sharpness of reconstructions; how visible a seam is
 
@@ -19,6 +20,7 @@ from .attribute_classifier import (
     prompt_accuracy,
     train_attribute_classifier,
 )
+from .diffusion_classifier import Round, classify
 from .metrics import frechet_distance, kernel_distance, psnr, seam, sharpness, ssim
 from .photo_classifier import (
     LinearProbe,
@@ -34,8 +36,10 @@ __all__ = [
     "AttributeClassifier",
     "LinearProbe",
     "PhotoMetrics",
+    "Round",
     "augment",
     "classifier_features",
+    "classify",
     "compute_features",
     "copied_fraction",
     "frechet_distance",
