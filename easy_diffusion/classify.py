@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from datasets.aipos import load_photo
 
 from .command_line import run_command
-from .evaluation.diffusion_classifier import Round, classify
+from .evaluation.diffusion_classifier import Round, classify, rank
 from .latent_space import make_encoder
 from .networks.text_encoder import CharacterEncoder
 from .pretrained import WEIGHTS, find_sizes, load_model
@@ -123,18 +123,15 @@ def load_x0(path: Path, size: int, autoencoder) -> torch.Tensor:
 
 
 def print_ranking(path: Path, captions: list[str], rounds: list[Round]) -> None:
-    """Print the five best captions, from the last round and, where it had fewer, those before."""
+    """Print the best captions, each with its score behind the best in its last round."""
     print(path)
-    best = rounds[-1].ranking[0]
-    printed = []
-    for each in reversed(rounds):
-        best_score = each.scores[each.ranking.index(best)]
-        for i, score, error in zip(each.ranking, each.scores, each.standard_errors):
-            if i not in printed and len(printed) < SHOWN:
-                printed.append(i)
-                behind = float(score - best_score)
-                name = captions[i] if captions[i] != NONE_OF_THESE else "(none of these)"
-                print(f"  {len(printed)}  {behind:8.1f} ± {error:.1f}  {name}")
+    best, *_ = order = rank(rounds)
+    for place, i in enumerate(order[:SHOWN], 1):
+        last = [each for each in rounds if i in each.ranking][-1]
+        k = last.ranking.index(i)
+        behind = last.scores[k] - last.scores[last.ranking.index(best)]
+        error = last.standard_errors[k]
+        print(f"  {place}  {behind:8.1f} ± {error:.1f}  {captions[i] or '(none of these)'}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from easy_diffusion.evaluation.diffusion_classifier import (
     classify,
     draw_noise,
     errors,
+    learn_weight,
+    rank,
     t_quantile,
     timesteps_at,
 )
@@ -120,12 +122,30 @@ def test_the_same_noise_for_all_captions_makes_their_differences_ten_times_as_ce
 
     context, mask = encode(CAPTIONS)
     x0 = means[0] + 0.1 ** 0.5 * torch.randn(32, 1, 1, generator=torch.Generator().manual_seed(1))
-    levels, eps = draw_noise(4000, x0.shape, torch.Generator().manual_seed(0))
+    levels, eps = draw_noise(4000, x0.shape, torch.Generator().manual_seed(0), (-6, 6))
     error = errors(network, FLOW, context, mask, x0, timesteps_at(FLOW, levels), eps.double())
     for wrong in (1, 2, 3):
         shared = (error[0] - error[wrong]).var()
         independent = error[0].var() + error[wrong].var()
         assert independent > 10 * shared
+
+
+def test_the_learned_weight_is_the_best_for_independent_noise():
+    """Margins with means 1, 2, 3 and standard deviations 1, 4, 1: w ∝ mean / variance."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.tensor([1.0, 2.0, 3.0])
+    std = torch.tensor([1.0, 4.0, 1.0])
+    wrong = means + std * torch.randn(500, 40, 3, generator=generator)
+    levels = torch.tensor([-2.0, 0.0, 4.0])
+    weight = learn_weight(levels, torch.cat([torch.zeros(500, 1, 3), wrong], dim=1))
+    expected = (means / std ** 2).double()
+    expected = expected / expected.mean()
+    torch.testing.assert_close(weight(levels.double()), expected, rtol=0.03, atol=0)
+    between = weight(torch.tensor([-1.0, 1.0, 9.0, -5.0], dtype=torch.float64))
+    exact = torch.stack([
+        expected[:2].mean(), 0.75 * expected[1] + 0.25 * expected[2], expected[2], expected[0]
+    ])
+    torch.testing.assert_close(between, exact, rtol=0.03, atol=0)
 
 
 def test_draws_come_in_pairs_and_are_spread_evenly():
@@ -177,6 +197,16 @@ def test_without_confidence_exactly_as_many_remain_as_asked_for():
         assert each.indices == each.ranking[:len(each.indices)]
         assert (each.scores.diff() >= 0).all()
         assert math.isclose(float(each.standard_errors[0]), 0) or each.evaluations == 1
+
+
+def test_the_ranking_has_every_caption_once_and_the_last_round_first():
+    x0 = torch.full((2, 1, 1), 0.2, dtype=torch.float64)
+    network = optimal_network(FLOW)
+    rounds = list(classify(network, FLOW, encode, x0, CAPTIONS, ((1, 3), (4, 2), (9, 1))))
+    order = rank(rounds)
+    assert sorted(order) == [0, 1, 2, 3]
+    assert order[:2] == rounds[2].ranking
+    assert order[2] == rounds[1].ranking[2] and order[3] == rounds[0].ranking[3]
 
 
 def test_the_shipped_network_names_a_dish_that_it_has_never_seen():
