@@ -14,7 +14,7 @@ The discriminative network is the attribute classifier, trained on the same trai
 pairs it chooses the one with the largest sum of logits.
 
 With --photos and --photo-weights the model that easy_diffusion.train_photos has trained on FOLDER
-names the test photographs; the linear probe on ImageNet features answers the same question.
+names the test photographs; the linear probe on ImageNet features is asked, too.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PHOTO_ROUNDS = ((8, 10), (24, 5), (96, 1))
 PUBLISHED_CHINESE_CLIP = 0.7875                 # zero-shot, 20 dishes, 400 other photographs
 
 
-# ------------------------------------------------------------------ changed drawings
+# ------------------------------------------------------------------ changed dishes
 
 
 def blur(x):

@@ -325,14 +325,16 @@ def evaluate_autoencoder(
 ) -> str:
     """Reconstruct held-out images uint8 [N, 3, H, W]; returns a sentence with PSNR and SSIM.
 
-    path: PNG file to write, with the first twelve images (left) and their reconstructions (right).
+    path: PNG file to write, with up to twelve of the images (left) and their reconstructions
+        (right).
     measure_accuracy: (images uint8 [N, 3, H, W], names) → accuracy in [0, 1], which then is also
         part of the sentence.
     """
     reconstructions = reconstruct(autoencoder, images)              # [N, 3, H, W]
-    pairs = torch.stack([images, reconstructions], dim=1)[:12]      # [12, 2, 3, H, W]
+    shown = range(0, len(images), -(-len(images) // 12))
+    pairs = torch.stack([images, reconstructions], dim=1)[list(shown)]      # [12, 2, 3, H, W]
     rows = [list(pair) for pair in pairs.permute(0, 1, 3, 4, 2).numpy()]
-    sheet = contact_sheet(rows, names[:12], columns=3, side=images.shape[2])
+    sheet = contact_sheet(rows, [names[i] for i in shown], columns=3, side=images.shape[2])
     write_atomically(path, encode_png(sheet))
     sentence = (
         "held-out images are reconstructed with a PSNR of "

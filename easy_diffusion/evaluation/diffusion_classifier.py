@@ -58,7 +58,7 @@ class Round(NamedTuple):
     standard_errors: [len(ranking)], of the difference from the lowest score; NaN after a single
         evaluation.
     indices: the part of the ranking that is evaluated in the next round; after the last round the
-        answer.
+        result.
     """
 
     evaluations: int
@@ -88,7 +88,7 @@ def draw_noise(
     """Draw λ [count] within log_snr, and eps [count, *shape].
 
     Draws 2j and 2j + 1 have the same λ, and eps and -eps. The λ of j = 0, 1, … are a quasi-random
-    sequence: the first ones, however many, are spread evenly.
+    sequence: the first ones, however many, cover the range evenly.
     """
     low, high = log_snr
     pairs = torch.arange(count) // 2

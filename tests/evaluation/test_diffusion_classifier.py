@@ -148,7 +148,7 @@ def test_the_learned_weight_is_the_best_for_independent_noise():
     torch.testing.assert_close(between, exact, rtol=0.03, atol=0)
 
 
-def test_draws_come_in_pairs_and_are_spread_evenly():
+def test_draws_come_in_pairs_and_cover_the_range_evenly():
     levels, eps = draw_noise(101, (2, 3, 3), torch.Generator().manual_seed(0), (-2, 4))
     assert eps.shape == (101, 2, 3, 3)
     torch.testing.assert_close(eps[1::2], -eps[:100:2], rtol=0, atol=0)
