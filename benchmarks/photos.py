@@ -5,8 +5,8 @@
 FOLDER has one subfolder per dish. Without it drawn dishes take the place of photographs.
 
 The main table compares the terms of the autoencoder's loss, on photographs and on drawn dishes.
-Each autoencoder starts from the weights of this repository and is trained for the same time on
-views of the training images, half as long on drawn dishes. On the test images it is judged by PSNR,
+Each autoencoder starts from the weights of this repository and is trained for the same steps on
+views of the training images, half as many on drawn dishes. On the test images it is judged by PSNR,
 SSIM, sharpness, the accuracy of the linear probe, and the distance in the features of another
 network, EfficientNet-Lite 2. losses.png in --out, and in its subfolder drawn_dishes, show the test
 images in the first row, and below them a row for each loss.
@@ -47,7 +47,9 @@ from easy_diffusion.photo_presets import Photographs
 from easy_diffusion.pretrained import WEIGHTS, Model, autoencoder_path, find_sizes, load_model
 from easy_diffusion.training.autoencoder_losses import FeatureDistance, PatchDiscriminator
 from easy_diffusion.training.checkpoint import load_checkpoint
+from easy_diffusion.training.data_loader import make_loader
 from easy_diffusion.training.progress import track_progress
+from easy_diffusion.training.train_autoencoder import train_autoencoder
 
 from .report import finish
 
@@ -73,8 +75,8 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--photos", type=Path, help="one subfolder of photographs per dish")
     parser.add_argument(
-        "--loss-minutes", type=float, default=1.0 if torch.cuda.is_available() else 8.0,
-        help="training time of each autoencoder that is compared",
+        "--loss-steps", type=int, default=2000 if torch.cuda.is_available() else 200,
+        help="training steps of each autoencoder that is compared",
     )
     parser.add_argument(
         "--minutes", type=float, help="of the network, see easy_diffusion.train_photos"
@@ -99,11 +101,12 @@ def draw_photographs(folder: Path, size: int, dishes: int, per_dish: int) -> Pat
 
 
 def compare_losses(
-    kind: str, photographs: Photographs, metrics: PhotoMetrics, size: int, minutes: float, out: Path
+    kind: str, photographs: Photographs, metrics: PhotoMetrics, size: int, count: int, out: Path
 ) -> list[dict]:
     """Train an autoencoder with each of the LOSSES; returns a row for each.
 
     kind: of the images, for the rows.
+    count: of training steps.
     out: folder for the checkpoints in losses/, and losses.png.
     """
     images, names = photographs.test_images, photographs.test_names
@@ -120,15 +123,19 @@ def compare_losses(
         if changes.get("discriminator"):
             changes = changes | {"discriminator": PatchDiscriminator()}
         checkpoint = out / "losses" / f"{number}.safetensors"
-        steps = presets.train_demo_autoencoder(
-            autoencoder.train(), presets.Mirrored(photographs.store), checkpoint, minutes, **changes
+        steps = train_autoencoder(
+            autoencoder.train(),
+            make_loader(presets.Mirrored(photographs.store), presets.AUTOENCODER_BATCH),
+            steps=count,
+            checkpoint=checkpoint,
+            **presets.AUTOENCODER_TRAINING | changes,
         )
         for _ in track_progress(steps, description=name):
             pass
         saved = load_checkpoint(checkpoint)
         load_weights(autoencoder, saved["models"]["ema"])
         y = presets.reconstruct(autoencoder.eval().to(presets.default_device()), images)
-        row = {"images": kind, "loss": name, "steps": saved["index"]}
+        row = {"images": kind, "loss": name, "seconds per step": saved["seconds"] / count}
         row |= measure(images, y, judge) | train_photos.measure_accuracy(metrics, y, names)
         rows.append(row)
         tqdm.write(str(row))
@@ -221,10 +228,10 @@ def main():
         out = drawn_out if folder == drawn else options.out
         photographs = photo_presets.prepare_views(folder, out, size, 2 if quick else 5)
         metrics = photo_presets.prepare_metrics(photographs, out / "features.safetensors")
-        minutes = 0.02 if quick else options.loss_minutes
+        count = 2 if quick else options.loss_steps
         if kind == "drawn dishes":
-            minutes = minutes / 2       # the first weights were trained on such images
-        rows += compare_losses(kind, photographs, metrics, size, minutes, out)
+            count = count // 2          # the first weights were trained on such images
+        rows += compare_losses(kind, photographs, metrics, size, count, out)
         if kind == next(iter(folders)):
             tested = photographs
 
