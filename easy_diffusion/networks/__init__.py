@@ -6,6 +6,7 @@ In reading order:
     unet.py                       UNet: the network that predicts eps, x0 or v
     attention_kernels.py          the attention formula by the fastest kernel; the same numbers
     fast_unet.py                  FastUNet: a UNet for sampling, faster; the same outputs
+    controlnet.py                 ControlNet: an image steers what a UNet generates
     text_encoder.py               captions → context and mask: CharacterEncoder, CnClipEncoder
     autoencoder.py                Autoencoder, its posterior, and saving and loading it
     image_features.py             ImageFeatures: features of photographs, of a trained network
@@ -28,6 +29,7 @@ from .blocks import (
     Upsample,
     timestep_embedding,
 )
+from .controlnet import Control, Controlled, ControlNet
 from .fast_unet import FastUNet, KeyValueCache, make_fast
 from .image_features import ImageFeatures
 from .stable_diffusion_weights import (
@@ -51,6 +53,9 @@ __all__ = [
     "Autoencoder",
     "CharacterEncoder",
     "CnClipEncoder",
+    "Control",
+    "ControlNet",
+    "Controlled",
     "Downsample",
     "FastUNet",
     "FeedForward",

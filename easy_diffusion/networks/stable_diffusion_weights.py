@@ -6,9 +6,10 @@
 
 Published weights come as a folder of diffusers (safetensors) or as one original file (`.ckpt`,
 which is a pickle, or `.safetensors`). In an original file the names of the UNet begin with
-`model.diffusion_model.`, those of the autoencoder with `first_stage_model.` and those of the text
-encoder with `cond_stage_model.transformer.`. `load_stable_diffusion` accepts all of these.
-`save_stable_diffusion` writes a folder that diffusers loads, or one file with the original names.
+`model.diffusion_model.`, those of a ControlNet with `control_model.`, those of the autoencoder with
+`first_stage_model.` and those of the text encoder with `cond_stage_model.transformer.`.
+`load_stable_diffusion` accepts all of these. `save_stable_diffusion` writes a folder that diffusers
+loads, or one file with the original names.
 
 The tables below map the names. The tensors are the same, except for the attention of the
 autoencoder, which original files store as 1×1 convolutions. A pickle is read without calling
@@ -41,6 +42,7 @@ READ_ERRORS = (
 # Part → (subfolder of a diffusers folder, prefix of its names in an original file)
 PARTS = {
     "UNet": ("unet", "model.diffusion_model."),
+    "ControlNet": ("controlnet", "control_model."),
     "Autoencoder": ("vae", "first_stage_model."),
     "text encoder": ("text_encoder", "cond_stage_model.transformer.text_model."),
 }
@@ -111,14 +113,15 @@ def add_prefix(table, ours, theirs, original):
     return [(f"{ours}.{a}", f"{theirs}.{b}", f"{original}.{c}") for a, b, c in table]
 
 
-def map_unet_names(network) -> list[tuple[str, str, str]]:
-    """(our name, diffusers' name, original name) of each module of a UNet that holds tensors."""
+def map_encoder_names(network) -> list[tuple[str, str, str]]:
+    """(our name, diffusers' name, original name) of each module of the way down and the middle.
+
+    network: a UNet or a ControlNet.
+    """
     rows = [
         ("conv_in", "conv_in", "input_blocks.0.0"),
         ("time.0", "time_embedding.linear_1", "time_embed.0"),
         ("time.2", "time_embedding.linear_2", "time_embed.2"),
-        ("norm_out", "conv_norm_out", "out.0"),
-        ("conv_out", "conv_out", "out.2"),
     ]
     # A level has network.blocks blocks and a downsampling on the way down, one more block instead
     # on the way up. We and the original number them all in one list, diffusers level by level.
@@ -141,9 +144,15 @@ def map_unet_names(network) -> list[tuple[str, str, str]]:
     rows += add_prefix(RESIDUAL, "middle.0", "mid_block.resnets.0", "middle_block.0")
     rows += add_prefix(TRANSFORMER, "middle.1", "mid_block.attentions.0", "middle_block.1")
     rows += add_prefix(RESIDUAL, "middle.2", "mid_block.resnets.1", "middle_block.2")
+    return rows
 
+
+def map_unet_names(network) -> list[tuple[str, str, str]]:
+    """(our name, diffusers' name, original name) of each module of a UNet that holds tensors."""
+    rows = map_encoder_names(network)
+    rows += [("norm_out", "conv_norm_out", "out.0"), ("conv_out", "conv_out", "out.2")]
     for n, layers in enumerate(network.up):
-        level, i = divmod(n, entries_per_level)
+        level, i = divmod(n, network.blocks + 1)
         theirs = f"up_blocks.{level}"
         for j, layer in enumerate(layers):
             ours = f"up.{n}.{j}"
@@ -154,6 +163,20 @@ def map_unet_names(network) -> list[tuple[str, str, str]]:
                 rows.append((f"{ours}.conv", f"{theirs}.upsamplers.0.conv", f"{original}.conv"))
             else:
                 rows += add_prefix(TRANSFORMER, ours, f"{theirs}.attentions.{i}", original)
+    return rows
+
+
+def map_controlnet_names(network) -> list[tuple[str, str, str]]:
+    """(our name, diffusers' name, original name) of each module of a ControlNet with tensors."""
+    rows = map_encoder_names(network)
+    # The hint encoder: a convolution, pairs of convolutions, a convolution, with SiLU between them
+    last = len(network.hint) - 1
+    for n in range(0, len(network.hint), 2):
+        theirs = "conv_in" if n == 0 else "conv_out" if n == last else f"blocks.{n // 2 - 1}"
+        rows.append((f"hint.{n}", f"controlnet_cond_embedding.{theirs}", f"input_hint_block.{n}"))
+    for n in range(len(network.zero_convs)):
+        rows.append((f"zero_convs.{n}", f"controlnet_down_blocks.{n}", f"zero_convs.{n}.0"))
+    rows.append(("zero_middle", "controlnet_mid_block", "middle_block_out.0"))
     return rows
 
 
@@ -205,13 +228,15 @@ def map_autoencoder_level(layers, ours, theirs, original, resampling):
 
 
 def get_part(module) -> str:
-    """Which part a module is, "UNet" or "Autoencoder"; ValueError for any other module."""
+    """Which part a module is, "UNet", "ControlNet" or "Autoencoder"; ValueError for any other."""
+    if hasattr(module, "zero_convs"):
+        return "ControlNet"
     if hasattr(module, "middle"):
         return "UNet"
     if hasattr(module, "post_quant_conv"):
         return "Autoencoder"
     raise ValueError(
-        "Stable Diffusion's weights go into a UNet or an Autoencoder of ours, "
+        "Stable Diffusion's weights go into a UNet, a ControlNet or an Autoencoder of ours, "
         f"not into a {type(module).__name__}"
     )
 
@@ -221,15 +246,21 @@ def map_tensor_names(module) -> dict[str, tuple[str, str]]:
 
     Raises ValueError for a network whose layout Stable Diffusion does not have.
     """
-    if get_part(module) == "UNet":
+    part = get_part(module)
+    if part != "Autoencoder":
         pooled = module.pool is not None
         if module.patch != 1 or pooled or module.context_dim is None:
             raise ValueError(
                 "Stable Diffusion's layout has patch = 1, pooled = False and a context_dim; "
-                f"this UNet has patch = {module.patch}, pooled = {pooled} "
+                f"this {part} has patch = {module.patch}, pooled = {pooled} "
                 f"and context_dim = {module.context_dim}"
             )
-        rows = map_unet_names(module)
+        if part == "ControlNet" and module.hint_channels is None:
+            raise ValueError(
+                "Stable Diffusion's layout has hint_channels; this ControlNet has the hint encoder "
+                "of squares"
+            )
+        rows = map_unet_names(module) if part == "UNet" else map_controlnet_names(module)
     else:
         if module.patch != 1:
             raise ValueError(
@@ -251,7 +282,7 @@ def map_tensor_names(module) -> dict[str, tuple[str, str]]:
 
 
 def load_stable_diffusion(module, path) -> None:
-    """Load the weights of a UNet or an Autoencoder from published files.
+    """Load the weights of a UNet, a ControlNet or an Autoencoder from published files.
 
     path: one of
         a diffusers folder of this part or of the whole pipeline;
@@ -301,7 +332,7 @@ def from_convolution(tensor, like):
 def read_stable_diffusion(path, part: str) -> dict[str, torch.Tensor]:
     """All tensors of one part, by the names in the file without the prefix of the part.
 
-    part: a key of PARTS, "UNet", "Autoencoder" or "text encoder".
+    part: a key of PARTS, such as "UNet" or "text encoder".
 
     Raises FileNotFoundError, or ValueError for a damaged file or one without that part.
     """
@@ -364,7 +395,7 @@ def _find_file(path, folder):
 
 
 def save_stable_diffusion(module, path) -> None:
-    """Save a UNet or an Autoencoder as a folder that diffusers' `from_pretrained` loads.
+    """Save a UNet, a ControlNet or an Autoencoder as a folder that `from_pretrained` loads.
 
     If `path` ends in .safetensors, it becomes a single file with the original names instead.
     """
@@ -409,16 +440,24 @@ def make_config(module) -> dict:
             "up_block_types": ["UpDecoderBlock2D"] * len(levels),
         }
     prefixes = ["CrossAttn" if attends else "" for attends in module.attention]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": 64,
+    shared = {
         "in_channels": module.conv_in.in_channels,
-        "out_channels": module.conv_out.out_channels,
         "block_out_channels": list(module.channels),
         "layers_per_block": module.blocks,
         "cross_attention_dim": module.context_dim,
         # By a historical mistake, this is diffusers' name for the number of heads.
         "attention_head_dim": module.heads,
         "down_block_types": [f"{prefix}DownBlock2D" for prefix in prefixes],
+    }
+    if get_part(module) == "ControlNet":
+        return shared | {
+            "_class_name": "ControlNetModel",
+            "conditioning_channels": module.control_channels,
+            "conditioning_embedding_out_channels": list(module.hint_channels),
+        }
+    return shared | {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 64,
+        "out_channels": module.conv_out.out_channels,
         "up_block_types": [f"{prefix}UpBlock2D" for prefix in reversed(prefixes)],
     }

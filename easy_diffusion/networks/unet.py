@@ -90,6 +90,9 @@ class UNet(nn.Module):
         stage again in the backward pass: a third more work, a fraction of the memory (Chen et al.,
         "Training Deep Nets with Sublinear Memory Cost", 2016).
 
+    `forward` also takes `residuals`, the outputs of a ControlNet (controlnet.py): one for each
+    stored output, which it is added to, and one for the output of the middle.
+
     The attribute `settings` is the dict of all these arguments: `UNet(**settings)` builds the
     network again, and `check_settings` of weights_io.py compares it with that of saved weights.
     `forward` raises ValueError unless height and width are multiples of patch · 2^(levels - 1).
@@ -187,7 +190,7 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(32, c, eps=1e-5)
         self.conv_out = zero_init(nn.Conv2d(c, out_channels * patch**2, 3, padding=1))
 
-    def forward(self, x, t, context=None, mask=None):
+    def forward(self, x, t, context=None, mask=None, residuals=None):
         self.check_context(context, mask, len(x))
         self.check_size(x)
         dtype = self.conv_in.weight.dtype  # a network in half precision takes images of any dtype
@@ -207,6 +210,9 @@ class UNet(nn.Module):
             h = self.run_stage(stage, h, time_embedding, context, mask)
             skips.append(h)
         h = self.run_stage(self.middle, h, time_embedding, context, mask)
+        if residuals is not None:  # of a ControlNet
+            skips = [skip + residual for skip, residual in zip(skips, residuals)]
+            h = h + residuals[-1]
         for stage in self.up:
             h = torch.cat([h, skips.pop()], dim=1)  # [B, channels of both, height, width]
             h = self.run_stage(stage, h, time_embedding, context, mask)
