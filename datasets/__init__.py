@@ -5,6 +5,7 @@ The files, in reading order:
     dishes.py              Dishes: synthetic images of dishes with Chinese names, drawn on demand
     dish_shapes.py         the shapes of the ingredients of a drawn dish
     dish_rendering.py      the sprites of a drawn dish: pieces of ingredients, vessels, tabletops
+    dish_controls.py       control images for a ControlNet: parts, height, edges, a sketch
     aipos.py               AiposFood: a folder of food photographs, one subfolder per dish name
     lmdb_environment.py    opens and writes an LMDB file, safely from several processes
     lmdb_store.py          ImageCaptionStore: image–caption records in an LMDB file, a "store"
@@ -21,6 +22,7 @@ example `from datasets.lmdb_store import ImageCaptionStore`.
 """
 
 from .aipos import AiposFood
+from .dish_controls import ControlledDishes
 from .dish_shapes import INGREDIENTS
 from .dishes import HELD_OUT_PAIRS, WAYS, Attributes, Dishes, attributes, dish_names, draw_dish
 
@@ -30,6 +32,7 @@ __all__ = [
     "WAYS",
     "AiposFood",
     "Attributes",
+    "ControlledDishes",
     "Dishes",
     "attributes",
     "dish_names",

@@ -136,8 +136,29 @@ LIGHT = (-0.48, -0.52, 0.71)  # l
 HALF_WAY = (-0.26, -0.28, 0.92)  # m, half-way between the light and the eye
 
 
+PARTS = ("tabletop", "vessel", "first ingredient", "second ingredient")
+
+
+class Composition(NamedTuple):
+    """A drawn dish, and what it was composited from.
+
+    image: uint8 [3, size, size]
+    height: float32 [size, size], the height of the surface; 1 is about the radius of a vessel
+    parts: uint8 [size, size], the index in PARTS of what is seen at each pixel
+    """
+
+    image: np.ndarray
+    height: np.ndarray
+    parts: np.ndarray
+
+
 def draw_dish(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
-    """Draw a dish: uint8 [3, size, size].
+    """Draw a dish: uint8 [3, size, size]; arguments and errors as for `compose`."""
+    return compose(name, size, seed).image
+
+
+def compose(name: str, size: int = 64, seed: int = 0) -> Composition:
+    """Draw a dish, and return its height map and its map of parts, too.
 
     name: one of `dish_names`
     size: side of the image in pixels, 32 … 512
@@ -157,6 +178,7 @@ def draw_dish(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
     offset = tuple((shift * n).astype(int))
     canvas = np.roll(render_tabletop(int(tabletop), n), offset, axis=(1, 2))
     canvas[:3] *= rng.uniform(0.9, 1.1)
+    parts = np.zeros((n, n), np.uint8)
 
     # The vessel, near the centre of the image. It has one of four radii, so that few different
     # sprites are rendered and most come from the cache.
@@ -165,7 +187,7 @@ def draw_dish(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
         radius *= 0.92  # the handles of the pot and the corners of the plate extend further
     centre = n / 2 + n * rng.uniform(-0.05, 0.05, 2)
     vessel = render_vessel(way, round(radius))
-    _paste(canvas, vessel, *centre, tint=rng.uniform(0.92, 1.04))
+    _paste(canvas, parts, 1, vessel, *centre, tint=rng.uniform(0.92, 1.04))
 
     # The pieces, from the outermost to the innermost.
     tints = rng.uniform(0.9, 1.1, (2, 1)) * rng.uniform(0.95, 1.05, (2, 3))  # [ingredient, RGB]
@@ -184,13 +206,22 @@ def draw_dish(name: str, size: int = 64, seed: int = 0) -> np.ndarray:
         # A piece on top of others lies higher: by 0.6 of the height below its middle.
         height_below = canvas[3, int(piece_y), int(piece_x)]
         lift = 0.6 * height_below + 0.02
-        _paste(canvas, piece, piece_x, piece_y, lift, tints[k] * brightness[i], transparency)
+        tint = tints[k] * brightness[i]
+        _paste(canvas, parts, 2 + k, piece, piece_x, piece_y, lift, tint, transparency)
 
     image = _shade(canvas)
-    if n > size:  # the mean of 2×2 pixels
-        image = image[:, ::2] + image[:, 1::2]
-        image = (image[:, :, ::2] + image[:, :, 1::2]) / 4
-    return (image * 255 + 0.5).astype(np.uint8)
+    height = canvas[3]
+    if n > size:
+        image = _halve(image)
+        height = _halve(height)
+        parts = parts[1::2, 1::2]
+    return Composition((image * 255 + 0.5).astype(np.uint8), height, parts)
+
+
+def _halve(image):
+    """The mean of 2×2 pixels: [..., n, n] → [..., n/2, n/2]."""
+    image = image[..., ::2, :] + image[..., 1::2, :]
+    return (image[..., ::2] + image[..., 1::2]) / 4
 
 
 def _arrange_pieces(way, ingredients, rng):
@@ -220,9 +251,10 @@ def _arrange_pieces(way, ingredients, rng):
     return x, y, ingredient_index
 
 
-def _paste(canvas, sprite, x, y, lift=0.0, tint=1.0, transparency=0.0):
-    """Composite a sprite [6, h, w] on the canvas [5, n, n], in place.
+def _paste(canvas, parts, part, sprite, x, y, lift=0.0, tint=1.0, transparency=0.0):
+    """Composite a sprite [6, h, w] on the canvas [5, n, n] and on the map of parts, in place.
 
+    part: index in PARTS of what the sprite is
     x, y: the pixel of the canvas on which the middle of the sprite lies
     lift: is added to the sprite's height
     tint: factor of its colour, one number or one per channel
@@ -247,6 +279,7 @@ def _paste(canvas, sprite, x, y, lift=0.0, tint=1.0, transparency=0.0):
     layer -= region
     layer *= alpha
     region += layer
+    parts[y0:y1, x0:x1][alpha > 0.5] = part
 
 
 def _shade(canvas):
@@ -320,11 +353,18 @@ class Dishes(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index):
+        name, seed = self.choose(index)
+        return torch.from_numpy(draw_dish(name, self.size, seed)), name
+
+    def choose(self, index: int) -> tuple[str, int]:
+        """The name and the seed of dish `index`, for `draw_dish` or `compose`.
+
+        Raises IndexError for an index outside of the dataset.
+        """
         if not 0 <= index < self.length:
             raise IndexError(f"dish {index} of {self.length}")
         seed = self.seed * 1_000_003 + index
         rng = random.Random(seed)
         has_one_ingredient = rng.random() < 0.125
         names = self.one_ingredient_names if has_one_ingredient else self.two_ingredient_names
-        name = rng.choice(names)
-        return torch.from_numpy(draw_dish(name, self.size, seed)), name
+        return rng.choice(names), seed
