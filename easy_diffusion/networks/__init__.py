@@ -29,7 +29,7 @@ from .blocks import (
     Upsample,
     timestep_embedding,
 )
-from .controlnet import Control, Controlled, ControlNet
+from .controlnet import Control, Controlled, ControlNet, ControlTraining
 from .fast_unet import FastUNet, KeyValueCache, make_fast
 from .image_features import ImageFeatures
 from .stable_diffusion_weights import (
@@ -55,6 +55,7 @@ __all__ = [
     "CnClipEncoder",
     "Control",
     "ControlNet",
+    "ControlTraining",
     "Controlled",
     "Downsample",
     "FastUNet",

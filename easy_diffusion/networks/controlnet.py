@@ -22,6 +22,8 @@ and inpainters take it as it is:
 
     network = Controlled(unet, [Control(controlnet, layout)])
 
+`ControlTraining` is the network for the training, whose batches have the control as an extra.
+
 The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py, unet.py,
 stable_diffusion_weights.py and weights_io.py.
 
@@ -233,6 +235,23 @@ class Controlled(nn.Module):
             residuals = [s * r for s, r in zip(scales, residuals, strict=True)]
             total = residuals if total is None else [a + b for a, b in zip(total, residuals)]
         return self.unet(x, t, context, mask, residuals=total)
+
+
+class ControlTraining(nn.Module):
+    """The network that trains a ControlNet: (x_t, t, context, mask, control) → output of the UNet.
+
+    unet: it is frozen, and not part of this module's parameters, state dict and checkpoints.
+    control: [B, C, H, W] in [-1, 1], since the training maps all images from uint8 to that range.
+    """
+
+    def __init__(self, unet: UNet, controlnet: ControlNet):
+        super().__init__()
+        self.controlnet = controlnet
+        self.frozen = [unet.requires_grad_(False).eval()]   # in a list, so that it is no submodule
+
+    def forward(self, x, t, context=None, mask=None, control=None):
+        residuals = self.controlnet(x, t, (control + 1) / 2, context, mask)
+        return self.frozen[0](x, t, context, mask, residuals=residuals)
 
 
 def guess_scales(count: int) -> list[float]:

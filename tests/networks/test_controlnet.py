@@ -12,13 +12,21 @@ from easy_diffusion.diffusion.gaussian import GaussianDiffusion
 from easy_diffusion.diffusion.guidance import guided
 from easy_diffusion.diffusion.samplers import ddim
 from easy_diffusion.diffusion.schedule import NoiseSchedule
-from easy_diffusion.networks.controlnet import Control, Controlled, ControlNet, guess_scales
+from easy_diffusion.networks.controlnet import (
+    Control,
+    Controlled,
+    ControlNet,
+    ControlTraining,
+    guess_scales,
+)
 from easy_diffusion.networks.stable_diffusion_weights import (
     load_stable_diffusion,
     map_tensor_names,
     save_stable_diffusion,
 )
+from easy_diffusion.networks.text_encoder import CharacterEncoder
 from easy_diffusion.networks.unet import UNet
+from easy_diffusion.training.trainer import train
 
 SETTINGS = dict(
     in_channels=4,
@@ -197,6 +205,29 @@ def test_a_control_of_latents_has_the_resolution_of_the_image():
     controlnet = ControlNet.from_unet(unet, 3, factor=4)
     residuals = controlnet(x, t, torch.rand(2, 3, 64, 64), context)
     assert residuals[0].shape == (2, 64, 16, 16)
+
+
+def test_training_moves_the_controlnet_alone_and_lowers_the_loss():
+    """The target is a constant image whose level is that of the control."""
+    unet = small_unet()
+    before = copy.deepcopy(unet.state_dict())
+    controlnet = ControlNet.from_unet(unet, 1)
+    network = ControlTraining(unet, controlnet)
+    diffusion = GaussianDiffusion(NoiseSchedule.cosine(100), prediction_type="x0")
+    assert all(name.startswith("controlnet.") for name in network.state_dict())
+    encoder = CharacterEncoder("番茄汤", dim=8, layers=1).requires_grad_(False)
+    levels = torch.randint(256, (16, 1, 1, 1), dtype=torch.uint8)
+    images = levels.expand(16, 3, 8, 8).contiguous()
+    controls = levels.expand(16, 1, 8, 8).contiguous()
+    loader = [(images, ["番茄汤"] * 16, {"control": controls})]
+    losses = [
+        step.loss for step in train(
+            network, diffusion, loader, encoder, steps=40, learning_rate=2e-3, caption_dropout=0.5
+        )
+    ]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    for name, tensor in unet.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 # ---------------------------------------------------------------- several controls
