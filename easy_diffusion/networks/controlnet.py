@@ -45,6 +45,7 @@ from torch import nn
 from .blocks import timestep_embedding, zero_init
 from .stable_diffusion_weights import load_stable_diffusion
 from .unet import UNet, masked_mean
+from .weights_io import compute_checksum, load_tree, load_weights, save_tree
 
 
 class ControlNet(UNet):
@@ -252,6 +253,50 @@ class ControlTraining(nn.Module):
     def forward(self, x, t, context=None, mask=None, control=None):
         residuals = self.controlnet(x, t, (control + 1) / 2, context, mask)
         return self.frozen[0](x, t, context, mask, residuals=residuals)
+
+
+# ---------------------------------------------------------------- files
+
+
+def save_controlnet(path, controlnet: ControlNet, unet: UNet, note: str = "") -> None:
+    """Write a ControlNet in half precision, with what rebuilds it and the checksum of its UNet.
+
+    unet: the UNet that it was trained for. note: what its control is, such as "edges".
+    """
+    tree = {
+        "controlnet": controlnet.settings,
+        "note": note,
+        "unet": checksum_of(unet),
+        "weights": {name: tensor.half() for name, tensor in controlnet.state_dict().items()},
+    }
+    save_tree(path, tree)
+
+
+def load_controlnet(path, unet: UNet) -> tuple[ControlNet, str]:
+    """Rebuild the ControlNet that `save_controlnet` wrote, in eval mode: (ControlNet, its note).
+
+    unet: the UNet that it was trained for; its device is that of the result.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged, not of a ControlNet, or of
+    one for another UNet.
+    """
+    saved = load_tree(path)
+    if not isinstance(saved, dict) or "controlnet" not in saved:
+        raise ValueError(f"{path} is a checkpoint, but not one of a ControlNet")
+    if saved["unet"] != checksum_of(unet):
+        raise ValueError(f"{path} was trained for a UNet with other weights than this one")
+    controlnet = ControlNet(**saved["controlnet"])
+    load_weights(controlnet, saved["weights"])
+    return controlnet.to(unet.conv_in.weight.device).eval(), saved["note"]
+
+
+def checksum_of(unet: UNet) -> str:
+    """The checksum of a UNet's weights, rounded to half precision."""
+    weights = {name: tensor.detach().cpu().half() for name, tensor in unet.state_dict().items()}
+    return compute_checksum(weights)
+
+
+# ---------------------------------------------------------------- scales
 
 
 def guess_scales(count: int) -> list[float]:

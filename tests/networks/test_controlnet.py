@@ -18,6 +18,8 @@ from easy_diffusion.networks.controlnet import (
     ControlNet,
     ControlTraining,
     guess_scales,
+    load_controlnet,
+    save_controlnet,
 )
 from easy_diffusion.networks.stable_diffusion_weights import (
     load_stable_diffusion,
@@ -26,6 +28,7 @@ from easy_diffusion.networks.stable_diffusion_weights import (
 )
 from easy_diffusion.networks.text_encoder import CharacterEncoder
 from easy_diffusion.networks.unet import UNet
+from easy_diffusion.networks.weights_io import save_tree
 from easy_diffusion.training.trainer import train
 
 SETTINGS = dict(
@@ -288,3 +291,27 @@ def test_hint_channels_that_do_not_fit_are_named():
         ControlNet(3, 4, HINT, **SETTINGS)
     with pytest.raises(ValueError, match="has the hint encoder of squares"):
         map_tensor_names(ControlNet(3, 8, **SETTINGS))
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_file_rebuilds_the_controlnet_for_its_unet_alone(tmp_path):
+    unet = small_unet()
+    x, t, context = small_inputs()
+    controlnet = randomize(ControlNet.from_unet(unet, 1), 1)
+    save_controlnet(tmp_path / "control.safetensors", controlnet, unet, "edges")
+    loaded, note = load_controlnet(tmp_path / "control.safetensors", unet)
+    assert note == "edges" and loaded.settings == controlnet.settings
+    control = torch.rand(2, 1, 16, 16)
+    with torch.no_grad():
+        for a, b in zip(loaded(x, t, control, context), controlnet(x, t, control, context)):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-3 * float(b.abs().max()))
+    other = small_unet()
+    with torch.no_grad():
+        other.conv_out.bias += 0.1
+    with pytest.raises(ValueError, match="for a UNet with other weights"):
+        load_controlnet(tmp_path / "control.safetensors", other)
+    save_tree(tmp_path / "tree.safetensors", {"a": 1})
+    with pytest.raises(ValueError, match="not one of a ControlNet"):
+        load_controlnet(tmp_path / "tree.safetensors", unet)
