@@ -21,8 +21,8 @@ LAYERS = [
     {"inpainting"},
     {"presets", "pretrained", "generate", "dish_classifier", "photo_presets", "notebook"},
     {
-        "demo", "demo_options", "train_demo", "train_photos", "classify", "app", "app_requests",
-        "train_model", "train_options", "train_setup",
+        "demo", "demo_options", "train_demo", "train_photos", "train_control", "classify",
+        "app", "app_requests", "train_model", "train_options", "train_setup",
     },
 ]
 STANDALONE = LAYERS[0]                      # these import nothing else from the project

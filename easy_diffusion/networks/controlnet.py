@@ -9,7 +9,7 @@
 
 The UNet is frozen. The copy begins with its weights, so that it understands images from the start.
 zero_i is a 1×1 convolution whose parameters begin at zero, and so is the last layer of the hint
-encoder: an untrained ControlNet changes nothing, to the bit. Its gradient is not zero, because
+encoder: an untrained ControlNet changes no bit of the output. Its gradient is not zero, because
 ∂(w h)/∂w = h.
 
 The hint encoder brings the control to the resolution of h_0. There are two:
@@ -266,7 +266,7 @@ def save_controlnet(path, controlnet: ControlNet, unet: UNet, note: str = "") ->
     tree = {
         "controlnet": controlnet.settings,
         "note": note,
-        "unet": checksum_of(unet),
+        "unet": compute_weights_checksum(unet),
         "weights": {name: tensor.half() for name, tensor in controlnet.state_dict().items()},
     }
     save_tree(path, tree)
@@ -283,14 +283,14 @@ def load_controlnet(path, unet: UNet) -> tuple[ControlNet, str]:
     saved = load_tree(path)
     if not isinstance(saved, dict) or "controlnet" not in saved:
         raise ValueError(f"{path} is a checkpoint, but not one of a ControlNet")
-    if saved["unet"] != checksum_of(unet):
+    if saved["unet"] != compute_weights_checksum(unet):
         raise ValueError(f"{path} was trained for a UNet with other weights than this one")
     controlnet = ControlNet(**saved["controlnet"])
     load_weights(controlnet, saved["weights"])
     return controlnet.to(unet.conv_in.weight.device).eval(), saved["note"]
 
 
-def checksum_of(unet: UNet) -> str:
+def compute_weights_checksum(unet: UNet) -> str:
     """The checksum of a UNet's weights, rounded to half precision."""
     weights = {name: tensor.detach().cpu().half() for name, tensor in unet.state_dict().items()}
     return compute_checksum(weights)

@@ -242,13 +242,13 @@ def test_residuals_of_controls_add_up_and_scale_and_interval_apply():
     first, second = (randomize(ControlNet.from_unet(unet, 1), seed) for seed in (1, 2))
     one, two = torch.rand(2, 1, 16, 16), torch.rand(1, 1, 16, 16)
     with torch.no_grad():
-        together = Controlled(unet, [Control(first, one), Control(second, two, 0.5)])
+        both = Controlled(unet, [Control(first, one), Control(second, two, 0.5)])
         residuals = [
             a + 0.5 * b
             for a, b in zip(first(x, t, one, context), second(x, t, two, context), strict=True)
         ]
         expected = unet(x, t, context, residuals=residuals)
-        torch.testing.assert_close(together(x, t, context), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(both(x, t, context), expected, rtol=0, atol=1e-5)
         early = Controlled(unet, [Control(first, one, interval=(500, 1000))])
         t = torch.tensor([400, 400])
         assert torch.equal(early(x, t, context), unet(x, t, context))

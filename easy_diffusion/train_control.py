@@ -1,0 +1,171 @@
+"""Train a ControlNet on drawn dishes: python -m easy_diffusion.train_control --control parts
+
+The text-to-image model in --weights is frozen. The ControlNet learns to steer it with a control
+image: where the parts of a dish are, how high its surface is, its edges, or a coarse sketch; see
+datasets/dish_controls.py. A caption is dropped in half of the examples, so that the control has to
+say as much as it can. The same command resumes an interrupted training. The files in --out are
+
+    controlnet_parts_64.safetensors   the trained ControlNet, for networks/controlnet.py
+    controlled_parts_64.png           held-out dishes: the control, a sample with it, a sample
+                                      without it from the same noise, and the drawn dish
+    training_parts_64.safetensors     the checkpoint of the training
+
+>>> options = parse_options(["--control", "edges", "--minutes", "3"])
+>>> options.control, options.minutes, options.size
+('edges', 3.0, 64)
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.dish_controls import CHANNELS, ControlledDishes
+
+from .command_line import check_ranges, check_writable, run_command
+from .demo_options import check_size
+from .files import write_atomically
+from .generate import generate_images
+from .images import contact_sheet, encode_png, load_chinese_font
+from .networks.controlnet import (
+    Control,
+    Controlled,
+    ControlNet,
+    ControlTraining,
+    save_controlnet,
+)
+from .presets import DISHES, SIZE, TRAINING, default_batch_size
+from .pretrained import WEIGHTS, Model, load_model
+from .training.checkpoint import load_checkpoint, load_ema_weights
+from .training.data_loader import make_loader
+from .training.distributed import check_gpu
+from .training.progress import track_progress
+from .training.trainer import train
+
+CAPTION_DROPOUT = 0.5
+SHOWN = 8                       # held-out dishes on the sheet
+
+
+def parse_options(arguments) -> argparse.Namespace:
+    """Parse and check the command line; an invalid option ends the program with a message."""
+    parser = argparse.ArgumentParser(
+        prog="python -m easy_diffusion.train_control",
+        description="Train a ControlNet for a text-to-image model on drawn dishes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--control", choices=list(CHANNELS), default="parts", help="what the control image shows"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=2.0 if torch.cuda.is_available() else 8.0,
+        help="training time",
+    )
+    parser.add_argument(
+        "--dishes", type=int, default=DISHES, help="number of drawn dishes to train on"
+    )
+    parser.add_argument(
+        "--size", type=int, default=SIZE, help="size of the model's images in pixels"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=default_batch_size(latent=False),
+        help="images per training step",
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, metavar="FOLDER",
+        help="folder with the text-to-image model, which was trained on pixels",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/control"), metavar="FOLDER",
+        help="folder for the checkpoint and the results",
+    )
+    options = parser.parse_args(arguments)
+    check_size(parser, options.size)
+    check_ranges(parser, options, {
+        "minutes": (1e-3, math.inf),
+        "batch_size": (1, math.inf),
+        "dishes": (options.batch_size, math.inf),
+    })
+    return options
+
+
+def main(arguments=None) -> int:
+    """Train a ControlNet; see the module's docstring. Returns the exit status."""
+    options = parse_options(arguments)
+    check_gpu()
+    check_writable(options.out)
+    load_chinese_font(12)       # raises here, rather than after the training, if there is no font
+    model = load_model(options.weights, options.size)
+    if model.autoencoder is not None:
+        raise ValueError(
+            f"the model of {options.size} pixels in {options.weights} works on latents; "
+            "this command needs one that works on pixels, such as --size 64"
+        )
+    name = f"{options.control}_{options.size}"
+    controlnet = train_controlnet(options, model, options.out / f"training_{name}.safetensors")
+    path = options.out / f"controlnet_{name}.safetensors"
+    save_controlnet(path, controlnet, model.network, options.control)
+    sheet = options.out / f"controlled_{name}.png"
+    write_sheet(sheet, model, controlnet, options.control, options.size)
+    for written in (path, sheet):
+        print(f"wrote {written}")
+    return 0
+
+
+def train_controlnet(options, model: Model, checkpoint: Path) -> ControlNet:
+    """Train a ControlNet for the model's UNet, or resume its training; returns its EMA weights."""
+    torch.manual_seed(0)
+    controlnet = ControlNet.from_unet(model.network, CHANNELS[options.control])
+    network = ControlTraining(model.network, controlnet)
+    dataset = ControlledDishes(options.dishes, options.size, options.control)
+    steps = train(
+        network,
+        model.diffusion,
+        make_loader(dataset, options.batch_size),
+        model.encoder.requires_grad_(False),
+        minutes=options.minutes,
+        steps=None,
+        checkpoint=checkpoint,
+        keep=1,
+        save_seconds=min(30, 3 * options.minutes),
+        caption_dropout=CAPTION_DROPOUT,
+        **TRAINING,
+    )
+    for _ in track_progress(steps, description=f"training the ControlNet of {options.control}"):
+        pass
+    load_ema_weights(network, model.encoder, model.diffusion, load_checkpoint(checkpoint))
+    return controlnet.eval()
+
+
+def write_sheet(path: Path, model: Model, controlnet: ControlNet, kind: str, size: int) -> None:
+    """Write held-out dishes: control, sample with it, sample without it, and the drawn dish."""
+    dataset = ControlledDishes(SHOWN, size, kind, split="held_out", seed=1)
+    images, names, extras = zip(*(dataset[i] for i in range(SHOWN)))
+    controls = torch.stack([extra["control"] for extra in extras])
+    unet, encoder, diffusion, _ = model
+    device = unet.conv_in.weight.device
+    controlled = Controlled(unet, [Control(controlnet, controls.to(device) / 255)])
+    rows = [
+        [show_control(control) for control in controls],
+        generate_images(controlled, encoder, diffusion, list(names), size),
+        generate_images(unet, encoder, diffusion, list(names), size),
+        [image.permute(1, 2, 0).numpy() for image in images],
+    ]
+    cells = [list(column) for column in zip(*rows)]
+    write_atomically(path, encode_png(contact_sheet(cells, list(names), columns=2, side=size)))
+
+
+def show_control(control: torch.Tensor) -> np.ndarray:
+    """A control uint8 [C, H, W] as an image uint8 [H, W, 3]: grey, or a colour for each channel."""
+    if len(control) == 1:
+        return control[0].numpy()[..., None].repeat(3, axis=2)
+    colours = np.array([[0.3, 0.3, 0.3], [0.9, 0.9, 0.9], [0.9, 0.4, 0.2], [0.2, 0.6, 0.3]])
+    return np.einsum("chw,cd->hwd", control.numpy(), colours[:len(control)]).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(
+        main, "interrupted; the same command resumes from the last checkpoint, if there is one"
+    ))
