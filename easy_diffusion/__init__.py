@@ -27,6 +27,7 @@ and the files beside them:
     photo_presets.py    the presets for photographs
     train_photos.py     the command python -m easy_diffusion.train_photos
     train_control.py    the command python -m easy_diffusion.train_control
+    masked_dishes.py    drawn dishes with the masks of the camera moves
     classify.py         the command python -m easy_diffusion.classify
     app.py              the local web page: python -m easy_diffusion.app
     app_requests.py     what its buttons do

@@ -2,8 +2,10 @@
 
 The text-to-image model in --weights is frozen. The ControlNet learns to steer it with a control
 image: where the parts of a dish are, how high its surface is, its edges, or a coarse sketch; see
-datasets/dish_controls.py. A caption is dropped in half of the examples, so that the control has to
-say as much as it can. The same command resumes an interrupted training. The files in --out are
+datasets/dish_controls.py. With --control inpaint it learns to inpaint what a camera move uncovers;
+see inpainting/control_inpainter.py. A caption is dropped in half of the examples, so that the
+control has to say as much as it can. The same command resumes an interrupted training. The files in
+--out are
 
     controlnet_parts_64.safetensors   the trained ControlNet, for networks/controlnet.py
     controlled_parts_64.png           held-out dishes: the control, a sample with it, a sample
@@ -30,6 +32,8 @@ from .demo_options import check_size
 from .files import write_atomically
 from .generate import generate_images
 from .images import contact_sheet, encode_png, load_chinese_font
+from .inpainting.control_inpainter import CONTROL_CHANNELS
+from .masked_dishes import MaskedDishes
 from .networks.controlnet import (
     Control,
     Controlled,
@@ -45,6 +49,7 @@ from .training.distributed import check_gpu
 from .training.progress import track_progress
 from .training.trainer import train
 
+INPAINT = "inpaint"
 CAPTION_DROPOUT = 0.5
 SHOWN = 8                       # held-out dishes on the sheet
 
@@ -57,7 +62,8 @@ def parse_options(arguments) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--control", choices=list(CHANNELS), default="parts", help="what the control image shows"
+        "--control", choices=[*CHANNELS, INPAINT], default="parts",
+        help="what the control image shows",
     )
     parser.add_argument(
         "--minutes", type=float, default=2.0 if torch.cuda.is_available() else 8.0,
@@ -117,9 +123,10 @@ def main(arguments=None) -> int:
 def train_controlnet(options, model: Model, checkpoint: Path) -> ControlNet:
     """Train a ControlNet for the model's UNet, or resume its training; returns its EMA weights."""
     torch.manual_seed(0)
-    controlnet = ControlNet.from_unet(model.network, CHANNELS[options.control])
+    channels = CONTROL_CHANNELS if options.control == INPAINT else CHANNELS[options.control]
+    controlnet = ControlNet.from_unet(model.network, channels)
     network = ControlTraining(model.network, controlnet)
-    dataset = ControlledDishes(options.dishes, options.size, options.control)
+    dataset = make_dataset(options.control, options.dishes, options.size)
     steps = train(
         network,
         model.diffusion,
@@ -139,16 +146,23 @@ def train_controlnet(options, model: Model, checkpoint: Path) -> ControlNet:
     return controlnet.eval()
 
 
+def make_dataset(kind: str, length: int, size: int, split: str = "train", seed: int = 0):
+    """The dataset of drawn dishes with controls of a kind, one of --control."""
+    if kind == INPAINT:
+        return MaskedDishes(length, size, split, seed)
+    return ControlledDishes(length, size, kind, split, seed)
+
+
 def write_sheet(path: Path, model: Model, controlnet: ControlNet, kind: str, size: int) -> None:
     """Write held-out dishes: control, sample with it, sample without it, and the drawn dish."""
-    dataset = ControlledDishes(SHOWN, size, kind, split="held_out", seed=1)
+    dataset = make_dataset(kind, SHOWN, size, split="held_out", seed=1)
     images, names, extras = zip(*(dataset[i] for i in range(SHOWN)))
     controls = torch.stack([extra["control"] for extra in extras])
     unet, encoder, diffusion, _ = model
     device = unet.conv_in.weight.device
     controlled = Controlled(unet, [Control(controlnet, controls.to(device) / 255)])
     rows = [
-        [show_control(control) for control in controls],
+        [show_control(control, kind) for control in controls],
         generate_images(controlled, encoder, diffusion, list(names), size),
         generate_images(unet, encoder, diffusion, list(names), size),
         [image.permute(1, 2, 0).numpy() for image in images],
@@ -157,12 +171,14 @@ def write_sheet(path: Path, model: Model, controlnet: ControlNet, kind: str, siz
     write_atomically(path, encode_png(contact_sheet(cells, list(names), columns=2, side=size)))
 
 
-def show_control(control: torch.Tensor) -> np.ndarray:
-    """A control uint8 [C, H, W] as an image uint8 [H, W, 3]: grey, or a colour for each channel."""
-    if len(control) == 1:
+def show_control(control: torch.Tensor, kind: str) -> np.ndarray:
+    """A control uint8 [C, H, W] as an image uint8 [H, W, 3]; each part has a colour of its own."""
+    if kind == INPAINT:
+        return control[:3].permute(1, 2, 0).numpy()
+    if kind != "parts":
         return control[0].numpy()[..., None].repeat(3, axis=2)
     colours = np.array([[0.3, 0.3, 0.3], [0.9, 0.9, 0.9], [0.9, 0.4, 0.2], [0.2, 0.6, 0.3]])
-    return np.einsum("chw,cd->hwd", control.numpy(), colours[:len(control)]).astype(np.uint8)
+    return np.einsum("chw,cd->hwd", control.numpy(), colours).astype(np.uint8)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ LAYERS = [
     {"diffusion", "networks", "files", "images", "diagrams", "command_line", "datasets"},
     {"training", "evaluation", "latent_space", "animation"},
     {"inpainting"},
-    {"presets", "pretrained", "generate", "dish_classifier", "photo_presets", "notebook"},
+    {"presets", "pretrained", "generate", "dish_classifier", "photo_presets", "notebook",
+     "masked_dishes"},
     {
         "demo", "demo_options", "train_demo", "train_photos", "train_control", "classify",
         "app", "app_requests", "train_model", "train_options", "train_setup",

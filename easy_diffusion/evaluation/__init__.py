@@ -6,6 +6,7 @@ The files, in reading order:
                               a dish; prompt accuracy, the fraction of samples that are as asked
     photo_classifier.py       a linear probe that names the dish in a photograph, distances between
                               sets of photographs, and a check for copies
+    part_segmenter.py         what each pixel of a dish shows: does a sample keep to a layout?
     diffusion_classifier.py   which caption explains an image best, asked of a text-to-image model
     metrics.py                Fréchet and kernel distance between samples and real images; PSNR,
                               SSIM and sharpness of reconstructions; how visible a seam is
@@ -22,6 +23,7 @@ from .attribute_classifier import (
 )
 from .diffusion_classifier import Round, classify
 from .metrics import frechet_distance, kernel_distance, psnr, seam, sharpness, ssim
+from .part_segmenter import PartSegmenter, mean_iou, train_segmenter
 from .photo_classifier import (
     LinearProbe,
     PhotoMetrics,
@@ -35,6 +37,7 @@ from .photo_classifier import (
 __all__ = [
     "AttributeClassifier",
     "LinearProbe",
+    "PartSegmenter",
     "PhotoMetrics",
     "Round",
     "augment",
@@ -44,6 +47,7 @@ __all__ = [
     "copied_fraction",
     "frechet_distance",
     "kernel_distance",
+    "mean_iou",
     "nearest_neighbours",
     "prompt_accuracy",
     "psnr",
@@ -53,4 +57,5 @@ __all__ = [
     "top_k_accuracy",
     "train_attribute_classifier",
     "train_linear_probe",
+    "train_segmenter",
 ]

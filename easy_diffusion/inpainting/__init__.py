@@ -5,6 +5,7 @@ returns the pixels outside the mask unchanged. The files, in reading order:
 
     repaint.py                      RePaint: inpaint with a model that was trained on whole images
     latent_repaint.py               the same in the latent space of an autoencoder
+    control_inpainter.py            a ControlNet that was trained to inpaint, in a handful of steps
     blending.py                     place an inpainted region into an image without a seam
     stable_diffusion_inpainter.py   Stable Diffusion's inpainting model
     stable_diffusion_pipeline.py    load it with diffusers; convert pickled weights
@@ -16,6 +17,7 @@ need diffusers and transformers.
 """
 
 from .blending import blend, check_mask, fill_from_neighbours
+from .control_inpainter import inpainting_control, make_control_inpainter
 from .latent_repaint import latent_mask, make_latent_inpainter
 from .repaint import count_denoiser_calls, make_inpainter, repaint_levels, repaint_sampling
 from .stable_diffusion_inpainter import (
@@ -32,8 +34,10 @@ __all__ = [
     "convert_to_safetensors",
     "count_denoiser_calls",
     "fill_from_neighbours",
+    "inpainting_control",
     "latent_mask",
     "load_pipeline",
+    "make_control_inpainter",
     "make_inpainter",
     "make_inpainter_from_networks",
     "make_latent_inpainter",
