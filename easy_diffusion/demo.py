@@ -13,8 +13,9 @@ generates the dish and inpaints what the camera's move uncovers. The files in --
                            ingredients that the training data does not contain
 
 With --image the camera moves over a photograph instead of a generated dish, and --mask selects a
-region of it to inpaint first. With --inpainter sd Stable Diffusion inpaints instead of the trained
-network. The options are in demo_options.py. train_demo.py trains the networks.
+region of it to inpaint first. With --inpainter control a ControlNet helps the network to inpaint in
+six steps; with --inpainter sd Stable Diffusion inpaints. The options are in demo_options.py.
+train_demo.py trains the networks.
 
 >>> from .presets import build_networks
 >>> from .pretrained import Model
@@ -45,8 +46,10 @@ from .demo_options import parse_options, read_mask
 from .files import write_atomically
 from .generate import generate_images, make_held_out_sheet, make_model_inpainter
 from .images import contact_sheet, encode_png, load_chinese_font
+from .inpainting.control_inpainter import make_control_inpainter
 from .inpainting.stable_diffusion_inpainter import make_stable_diffusion_inpainter
 from .inpainting.stable_diffusion_pipeline import load_pipeline
+from .networks.controlnet import load_controlnet
 from .pretrained import load_model
 from .training.data_loader import derive_seed
 from .training.distributed import check_gpu
@@ -55,7 +58,8 @@ from .training.distributed import check_gpu
 def make_inpainters(options, model, name: str, move: str) -> tuple:
     """Make two inpainters: for what lies beside the dish, and for what lies around it.
 
-    model: Stable Diffusion's pipeline with --inpainter sd; otherwise a Model of pretrained.py.
+    model: Stable Diffusion's pipeline with --inpainter sd; otherwise a Model of pretrained.py, with
+        --inpainter control in a pair (Model, ControlNet).
     The randomness depends on --seed and on the move alone, not on the other films of this call.
     """
     seed = derive_seed(options.seed, move)
@@ -74,15 +78,21 @@ def make_inpainters(options, model, name: str, move: str) -> tuple:
         )
         return inpaint, inpaint
 
+    def make(caption, guidance):
+        if options.inpainter == "own":
+            return make_model_inpainter(*model, caption, options.steps, guidance, seed, progress)
+        (network, encoder, diffusion, _), controlnet = model
+        return make_control_inpainter(
+            network, controlnet, encoder, diffusion, caption, guidance=guidance,
+            generator=torch.Generator().manual_seed(seed), progress=progress,
+        )
+
     # Beside a dish the network inpaints the same dish again. Around a dish there is the table,
     # which the name does not describe: no caption, no guidance.
-    inpaint_around = make_model_inpainter(*model, "", options.steps, 1.0, seed, progress)
+    inpaint_around = make("", 1.0)
     if options.image:
         return inpaint_around, inpaint_around
-    inpaint_beside = make_model_inpainter(
-        *model, name, options.steps, options.guidance, seed, progress
-    )
-    return inpaint_beside, inpaint_around
+    return make(name, options.guidance), inpaint_around
 
 
 # ------------------------------------------------------------------ the command
@@ -102,13 +112,20 @@ def main(arguments=None) -> int:
     # Networks. A photograph that Stable Diffusion inpaints needs none.
     written = []
     model = None
-    if not options.image or options.inpainter == "own":
+    if not options.image or options.inpainter != "sd":
         model = load_model(options.weights, options.size)
     inpainting_model = model if pipeline is None else pipeline
+    if options.inpainter == "control":
+        if model.autoencoder is not None:
+            raise ValueError(
+                f"the network of {options.size} pixels works on latents; --inpainter control needs "
+                "one that works on pixels, such as that of --size 64"
+            )
+        inpainting_model = (model, load_controlnet(options.controlnet, model.network)[0])
 
     # Dishes, uint8 [H, W, 3] each
     if options.image:
-        size = options.size if options.inpainter == "own" else options.sd_size
+        size = options.sd_size if options.inpainter == "sd" else options.size
         dishes = [load_photo(options.image, size)]
     else:
         network, encoder, diffusion, autoencoder = model

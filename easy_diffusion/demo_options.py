@@ -88,8 +88,14 @@ def add_sampling_options(group) -> None:
         help="seed of the initial noise; another seed gives another image of the dish",
     )
     group.add_argument(
-        "--inpainter", choices=("own", "sd"), default="own",
-        help="network that inpaints: that of --weights (own) or Stable Diffusion (sd)",
+        "--inpainter", choices=("own", "control", "sd"), default="own",
+        help="network that inpaints: that of --weights (own), the same with a ControlNet, in six "
+        "steps (control), or Stable Diffusion (sd)",
+    )
+    group.add_argument(
+        "--controlnet", type=Path, metavar="FILE",
+        help="for --inpainter control: a ControlNet for the network of --weights, from "
+        "python -m easy_diffusion.train_control --control inpaint",
     )
     group.add_argument(
         "--sd", type=Path, metavar="PATH",
@@ -143,7 +149,7 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
     if not hasattr(options, "size"):
         options.size = sizes[-1] if sizes else SIZE
     check_size(parser, options.size)
-    if options.size not in sizes and (not options.image or options.inpainter == "own"):
+    if options.size not in sizes and (not options.image or options.inpainter != "sd"):
         known = ", ".join(str(size) for size in sizes) or "no"
         parser.error(
             f"--weights {options.weights} has networks for {known} pixels, not for --size "
@@ -162,6 +168,12 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
     })
     if options.sd_size < 64 or options.sd_size % 64:
         parser.error(f"--sd-size must be a multiple of 64, not {options.sd_size}")
+
+    # ControlNet
+    if (options.inpainter == "control") != (options.controlnet is not None):
+        parser.error("--inpainter control and --controlnet FILE must be used together")
+    if options.controlnet and not options.controlnet.exists():
+        parser.error(f"--controlnet {options.controlnet} does not exist")
 
     # Stable Diffusion
     wants_sd = options.inpainter == "sd"

@@ -3,11 +3,15 @@
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from easy_diffusion.animation.camera import MOVES
 from easy_diffusion.demo import main
 from easy_diffusion.demo_options import read_mask
+from easy_diffusion.inpainting.control_inpainter import CONTROL_CHANNELS
+from easy_diffusion.networks.controlnet import ControlNet, save_controlnet
+from easy_diffusion.pretrained import load_model
 
 SMALL = ["--steps", "2", "--seconds", "1", "--fps", "6", "--show", "64"]
 
@@ -45,6 +49,33 @@ def test_the_largest_size_of_the_weights_is_the_default(random_weights, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {
         "held_out_64.png", "番茄汤.png", "番茄汤_circle.gif",
     }
+
+
+@pytest.fixture
+def controlnet_file(random_weights, tmp_path):
+    """A ControlNet for the network of 32 pixels, whose zero convolutions are not zero."""
+    unet = load_model(random_weights, 32).network
+    controlnet = ControlNet.from_unet(unet, CONTROL_CHANNELS)
+    for zero in (*controlnet.zero_convs, controlnet.zero_middle):
+        torch.nn.init.normal_(zero.weight, std=0.1)
+    path = tmp_path / "controlnet.safetensors"
+    save_controlnet(path, controlnet, unet, "inpaint")
+    return path
+
+
+def test_a_controlnet_inpaints(run_demo, controlnet_file):
+    arguments = ["番茄汤", "--move", "centre", "--seed", "3"]
+    film = (run_demo(*arguments) / "番茄汤_centre.gif").read_bytes()
+    out = run_demo(*arguments, "--inpainter", "control", "--controlnet", str(controlnet_file))
+    assert (out / "番茄汤_centre.gif").read_bytes() != film
+
+
+def test_a_controlnet_does_not_inpaint_for_a_network_of_latents(
+    random_weights, controlnet_file, tmp_path
+):
+    arguments = [*SMALL, "--weights", str(random_weights), "--out", str(tmp_path), "--size", "64"]
+    with pytest.raises(ValueError, match="works on latents"):
+        main(["番茄汤", *arguments, "--inpainter", "control", "--controlnet", str(controlnet_file)])
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +200,8 @@ def test_help_lists_every_option_and_invalid_options_are_named(
         ("--image", "missing.jpg"),
         ("--mask", photo),
         ("--inpainter", "sd"),
+        ("--inpainter", "control"),
+        ("--inpainter", "control", "--controlnet", "missing"),
         ("--format", "avi"),
         ("--guidance", "0.5"),
         ("--inpainter", "sd", "--sd", "missing"),
