@@ -18,7 +18,11 @@ from pathlib import Path
 
 import torch
 
-from ..networks.stable_diffusion_weights import PARTS, read_stable_diffusion
+from ..networks.stable_diffusion_weights import (
+    PARTS,
+    PIPELINE_PARTS,
+    read_stable_diffusion,
+)
 from ..networks.weights_io import save_tensors
 
 
@@ -87,7 +91,8 @@ def convert_to_safetensors(path, to=None) -> Path:
     """
     path = Path(path)
     state_dict = {}
-    for part, (folder, prefix) in PARTS.items():
+    for part in PIPELINE_PARTS:
+        folder, prefix = PARTS[part]
         tensors = {
             name: tensor.contiguous()
             for name, tensor in read_stable_diffusion(path, part).items()

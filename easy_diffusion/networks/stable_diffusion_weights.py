@@ -46,6 +46,7 @@ PARTS = {
     "Autoencoder": ("vae", "first_stage_model."),
     "text encoder": ("text_encoder", "cond_stage_model.transformer.text_model."),
 }
+PIPELINE_PARTS = ("UNet", "Autoencoder", "text encoder")  # a ControlNet has files of its own
 
 # ---------------------------------------------------------------- names inside a block
 # Each row: ours, diffusers', original
