@@ -78,7 +78,7 @@ def make_inpainters(options, model, name: str, move: str) -> tuple:
         )
         return inpaint, inpaint
 
-    def make(caption, guidance):
+    def make_inpainter(caption, guidance):
         if options.inpainter == "own":
             return make_model_inpainter(*model, caption, options.steps, guidance, seed, progress)
         (network, encoder, diffusion, _), controlnet = model
@@ -89,10 +89,10 @@ def make_inpainters(options, model, name: str, move: str) -> tuple:
 
     # Beside a dish the network inpaints the same dish again. Around a dish there is the table,
     # which the name does not describe: no caption, no guidance.
-    inpaint_around = make("", 1.0)
+    inpaint_around = make_inpainter("", 1.0)
     if options.image:
         return inpaint_around, inpaint_around
-    return make(name, options.guidance), inpaint_around
+    return make_inpainter(name, options.guidance), inpaint_around
 
 
 # ------------------------------------------------------------------ the command

@@ -17,7 +17,7 @@ softmax(-score) is Bayes' rule for equally likely captions. The caption with the
 The score of each of K captions needs many network evaluations. Three things reduce their number:
 
     the same (t, eps) for all captions    their scores differ much less than they vary with (t, eps)
-    λ stratified, each eps also as -eps   the mean converges faster than with independent draws
+    λ quasi-random, each eps also as -eps the mean converges faster than with independent draws
     successive halving                    after a few evaluations only the best captions go on
 
 The bound integrates over all λ. By default λ is at most 1 here: at less noise the scores depend on
@@ -194,7 +194,7 @@ def classify(
         yield Round(evaluations, ranking, scores, standard_errors, indices.tolist())
 
 
-def learn_weight(log_snr: torch.Tensor, errors: torch.Tensor) -> Callable:
+def learn_weight(log_snr: torch.Tensor, noise_errors: torch.Tensor) -> Callable:
     """Return the weight w(λ) with which a few noises tell right captions from wrong ones best.
 
     Let m be the error of a wrong caption minus that of the right one. If the noises are
@@ -202,12 +202,13 @@ def learn_weight(log_snr: torch.Tensor, errors: torch.Tensor) -> Callable:
     w = E m / Var m, at each λ.
 
     log_snr: λ [N] at which the errors were measured, ascending.
-    errors: [M, K, N] of M images, such as those of the training, with the right caption first.
+    noise_errors: `errors` of M images, such as those of the training, [M, K, N], with the right
+        caption first.
 
     w is interpolated between the λ, at least 0, and 1 on average over them. Give `classify` the
     same range of λ.
     """
-    margins = errors[:, 1:] - errors[:, :1]                                 # [M, K - 1, N]
+    margins = noise_errors[:, 1:] - noise_errors[:, :1]                     # [M, K - 1, N]
     margins = margins.flatten(0, 1).double()
     weights = (margins.mean(dim=0) / margins.var(dim=0)).clamp(min=0)
     weights = weights / weights.mean()

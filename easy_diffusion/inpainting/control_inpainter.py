@@ -27,7 +27,7 @@ import torch
 from ..diffusion.guidance import clipped, guided
 from ..diffusion.samplers import dpm_solver
 from ..networks.controlnet import Control, Controlled, ControlNet
-from .blending import blend, check_mask, from_pixel_values, pad_to_multiple, to_pixel_values
+from .blending import blend, check_mask, pad_to_multiple, to_pixel_values
 
 CONTROL_CHANNELS = 4            # red, green, blue and the mask
 
@@ -83,7 +83,7 @@ def make_control_inpainter(
         sampling = dpm_solver(
             clipped(denoise, diffusion.schedule),
             diffusion.schedule,
-            shape=from_pixel_values(padded_image).shape,
+            shape=(1, 3, *padded_mask.shape),
             steps=steps,
             generator=generator,
             device=device,

@@ -91,7 +91,7 @@ class ControlNet(UNet):
                 "one position"
             )
         self.zero_convs = nn.ModuleList(
-            zero_init(nn.Conv2d(channels, channels, 1)) for channels in self.stored_channels()
+            zero_init(nn.Conv2d(channels, channels, 1)) for channels in self.stored_channels
         )
         self.zero_middle = zero_init(nn.Conv2d(self.channels[-1], self.channels[-1], 1))
 
@@ -116,15 +116,6 @@ class ControlNet(UNet):
         if path is not None:
             load_stable_diffusion(controlnet, path)
         return controlnet
-
-    def stored_channels(self) -> list[int]:
-        """Channels of each output that the way down stores, in their order."""
-        channels = [self.channels[0]]
-        for level, level_channels in enumerate(self.channels):
-            channels += [level_channels] * self.blocks
-            if level < len(self.channels) - 1:
-                channels.append(level_channels)
-        return channels
 
     def forward(self, x, t, control, context=None, mask=None) -> list[torch.Tensor]:
         self.check_context(context, mask, len(x))

@@ -175,6 +175,8 @@ class UNet(nn.Module):
                 self.down.append(nn.ModuleList([Downsample(c)]))
                 skip_channels.append(c)
 
+        self.stored_channels = tuple(skip_channels)  # read by controlnet.py
+
         self.middle = make_stage(c, c, attends=True)
         self.middle.append(ResidualBlock(c, c, time_dim, dropout))
 
