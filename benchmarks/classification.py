@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from datasets import dishes
+from datasets import dish_scene, dishes
 from datasets.dishes import INGREDIENT_PAIRS, INGREDIENTS, WAYS, attributes, draw_dish
 from easy_diffusion import dish_classifier, photo_presets
 from easy_diffusion.evaluation.diffusion_classifier import classify, rank
@@ -88,7 +88,7 @@ def draw_on_checks(name: str, size: int, seed: int) -> np.ndarray:
         canvas[:3] = np.where(is_blue, np.array([[[0.15]], [[0.3]], [[0.75]]]), 0.95)
         return canvas
 
-    with mock.patch.object(dishes, "render_tabletop", render_checks):
+    with mock.patch.object(dish_scene, "render_tabletop", render_checks):
         return draw_dish(name, size, seed)
 
 

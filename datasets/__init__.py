@@ -4,8 +4,10 @@ The files, in reading order:
 
     dishes.py              Dishes: synthetic images of dishes with Chinese names, drawn on demand
     dish_shapes.py         the shapes of the ingredients of a drawn dish
+    dish_scene.py          a drawn dish as a list of what is where; composited and shaded
     dish_rendering.py      the sprites of a drawn dish: pieces of ingredients, vessels, tabletops
     dish_controls.py       control images for a ControlNet: parts, height, edges, a sketch
+    dish_films.py          DishFilms: films of drawn dishes, whose motion is known
     aipos.py               AiposFood: a folder of food photographs, one subfolder per dish name
     lmdb_environment.py    opens and writes an LMDB file, safely from several processes
     lmdb_store.py          ImageCaptionStore: image–caption records in an LMDB file, a "store"
@@ -23,18 +25,22 @@ example `from datasets.lmdb_store import ImageCaptionStore`.
 
 from .aipos import AiposFood
 from .dish_controls import ControlledDishes
+from .dish_films import MOTIONS, DishFilms, draw_film
 from .dish_shapes import INGREDIENTS
 from .dishes import HELD_OUT_PAIRS, WAYS, Attributes, Dishes, attributes, dish_names, draw_dish
 
 __all__ = [
     "HELD_OUT_PAIRS",
     "INGREDIENTS",
+    "MOTIONS",
     "WAYS",
     "AiposFood",
     "Attributes",
     "ControlledDishes",
+    "DishFilms",
     "Dishes",
     "attributes",
     "dish_names",
     "draw_dish",
+    "draw_film",
 ]

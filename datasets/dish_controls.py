@@ -11,7 +11,8 @@ exact, because they come from the same composition as the image:
 
 A dataset item is (image, caption, {"control": control}); all images are uint8 [C, H, W].
 
-The file needs numpy and torch and, beside it, dishes.py, dish_rendering.py and dish_shapes.py.
+The file needs numpy and torch and, beside it, dishes.py, dish_scene.py, dish_rendering.py and
+dish_shapes.py.
 
 >>> image, caption, extras = ControlledDishes(100, 64, "parts")[0]
 >>> tuple(image.shape), tuple(extras["control"].shape)
@@ -21,7 +22,8 @@ The file needs numpy and torch and, beside it, dishes.py, dish_rendering.py and 
 import torch
 import torch.nn.functional as F
 
-from .dishes import PARTS, Dishes, compose
+from .dish_scene import PARTS
+from .dishes import Dishes, compose
 
 CHANNELS = {"parts": len(PARTS), "height": 1, "edges": 1, "sketch": 1}
 MAX_HEIGHT = 0.4                # of the surface of a drawn dish
@@ -32,7 +34,7 @@ SKETCH_SQUARES = 16             # squares of a sketch along each side
 def parts_control(parts: torch.Tensor, is_swapped: bool) -> torch.Tensor:
     """One-hot map of parts: uint8 [4, H, W], 0 or 255.
 
-    parts: uint8 [H, W], see Composition in dishes.py.
+    parts: uint8 [H, W], see Composition in dish_scene.py.
     is_swapped: whether the channels of the two ingredients change places.
     """
     order = [0, 1, 3, 2] if is_swapped else [0, 1, 2, 3]
@@ -42,7 +44,7 @@ def parts_control(parts: torch.Tensor, is_swapped: bool) -> torch.Tensor:
 def height_control(height: torch.Tensor) -> torch.Tensor:
     """Height map as an image: uint8 [1, H, W]; MAX_HEIGHT and above is 255.
 
-    height: float [H, W], see Composition in dishes.py.
+    height: float [H, W], see Composition in dish_scene.py.
     """
     return (height / MAX_HEIGHT * 255).clamp(0, 255).round().to(torch.uint8)[None]
 

@@ -57,12 +57,12 @@ def _sprite(colour, height, specular, alpha):
 # ---------------------------------------------------------------------------------------- pieces
 
 
-def render_piece(ingredient: str, variant: int, rotation: int, radius: int) -> np.ndarray:
+def render_piece(ingredient: str, variant: int, rotation: float, radius: int) -> np.ndarray:
     """Render one piece of an ingredient as a sprite [6, h, w].
 
     ingredient: a key of INGREDIENTS
     variant: which of the random shapes, 0 … VARIANTS - 1
-    rotation: in steps of 30°, 0 … ROTATIONS - 1
+    rotation: in steps of 30°; at rest a whole number, 0 … ROTATIONS - 1
     radius: radius of the piece in pixels
     """
     if radius <= 40:
@@ -174,14 +174,15 @@ TABLETOPS = (  # the two colours of each; the first two are wood, the others clo
 
 
 @lru_cache(maxsize=256)
-def render_vessel(way: str, radius: int) -> np.ndarray:
+def render_vessel(way: str, radius: int, angle: float = 0.0) -> np.ndarray:
     """Render the empty vessel of a way of cooking as a sprite [6, h, w].
 
     way: a key of VESSELS
     radius: radius of the vessel in pixels
+    angle: its rotation in radians
     """
     side = round(2.6 * radius)
-    x, y = _grid(side, 1.3)
+    x, y = _grid(side, 1.3, angle)
     rng = np.random.default_rng(7)
     r = np.hypot(x, y)
     theta = np.arctan2(y, x)

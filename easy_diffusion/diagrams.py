@@ -6,8 +6,10 @@
     draw_cross_attention    how the token embeddings of a caption reach the positions of an image
     draw_guidance           classifier-free guidance as an extrapolation between two predictions
     draw_repaint            one step of RePaint
+    draw_controlnet         a UNet and its ControlNet, with the shapes of their residuals
 
-Each function returns a matplotlib figure. The file needs matplotlib, and torch for `draw_unet`.
+Each function returns a matplotlib figure. The file needs matplotlib, and torch for `draw_unet` and
+`draw_controlnet`.
 
 >>> figure = draw_guidance()
 >>> type(figure).__name__
@@ -248,4 +250,45 @@ def draw_repaint():
     d.arrow(x_s, (16.4, 3.6))
     d.arrow((14, 3.05), (1.6, 3.15), "resampling: noise is added again",
             bend=-0.43, color="#cc6633", offset=(0, -1.9))
+    return d.figure
+
+
+def draw_controlnet(controlnet, size: int, context=None, mask=None):
+    """A frozen UNet (left) and its ControlNet (right), with the shapes for an image of `size`.
+
+    controlnet: ControlNet. context, mask: [1, L, D] and [1, L] if the network needs them.
+    """
+    import torch
+
+    device = controlnet.conv_in.weight.device
+    x = torch.zeros(1, controlnet.settings["in_channels"], size, size, device=device)
+    side = controlnet.factor * size
+    control = torch.zeros(1, controlnet.control_channels, side, side, device=device)
+    t = torch.zeros(1, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        residuals = controlnet(x, t, control, context, mask)
+
+    step = 1.3
+    rows = len(residuals)
+    d = Diagram(20, step * rows + 2.6)
+    stages = ["first convolution", *(f"stage {i} of the way down" for i in range(1, rows - 1))]
+    stages.append("middle")
+    top = step * rows + 0.6
+    noisy = d.box(4.4, top + 1.2, f"$x_t$\n{list(x.shape[1:])}", DATA, 3.0)
+    hint = d.box(12.6, top + 1.2, "hint encoder,\nlast layer zero", RESULT, 3.2)
+    image = d.box(17.4, top + 1.2, f"control\n{list(control.shape[1:])}", DATA, 3.0)
+    d.arrow(image, hint)
+    above = noisy, hint
+    for row, (stage, residual) in enumerate(zip(stages, residuals)):
+        y = top - step * row - 0.2
+        frozen = d.box(4.4, y, f"{stage}\nfrozen", FIXED, 4.2)
+        copied = d.box(12.6, y, f"{stage}\ncopied, trained", NETWORK, 4.2)
+        zero = d.box(8.5, y, "zero\nconvolution", RESULT, 2.0)
+        d.arrow(copied, zero, color="#cc6633")
+        d.arrow(zero, frozen, color="#cc6633")
+        d.text(17.4, y, f"residual {list(residual.shape[1:])}", size=7, color="#cc6633")
+        for start, end in zip(above, (frozen, copied)):
+            d.arrow(start, end)
+        above = frozen, copied
+    d.arrow(noisy, (12.6 - 2.1, top), color="#888888")
     return d.figure
