@@ -7,6 +7,8 @@ In reading order:
     attention_kernels.py          the attention formula by the fastest kernel; the same numbers
     fast_unet.py                  FastUNet: a UNet for sampling, faster; the same outputs
     controlnet.py                 ControlNet: an image steers what a UNet generates
+    motion.py                     VideoUNet: motion modules make a UNet of films of one of images
+    motion_weights.py             motion modules of AnimateDiff, in diffusers' files
     text_encoder.py               captions → context and mask: CharacterEncoder, CnClipEncoder
     autoencoder.py                Autoencoder, its posterior, and saving and loading it
     image_features.py             ImageFeatures: features of photographs, of a trained network
@@ -32,6 +34,7 @@ from .blocks import (
 from .controlnet import Control, Controlled, ControlNet, ControlTraining
 from .fast_unet import FastUNet, KeyValueCache, make_fast
 from .image_features import ImageFeatures
+from .motion import MotionModule, VideoUNet
 from .stable_diffusion_weights import (
     load_stable_diffusion,
     read_stable_diffusion,
@@ -62,12 +65,14 @@ __all__ = [
     "FeedForward",
     "ImageFeatures",
     "KeyValueCache",
+    "MotionModule",
     "Posterior",
     "ResidualBlock",
     "SpatialTransformer",
     "TransformerBlock",
     "UNet",
     "Upsample",
+    "VideoUNet",
     "attend",
     "attention_weights",
     "check_settings",

@@ -42,9 +42,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import timestep_embedding, zero_init
+from .blocks import zero_init
 from .stable_diffusion_weights import load_stable_diffusion
-from .unet import UNet, masked_mean
+from .unet import UNet
 from .weights_io import compute_checksum, load_tree, load_weights, save_tree
 
 
@@ -127,9 +127,7 @@ class ControlNet(UNet):
             context = context.to(dtype)
 
         # The way down and the middle of `UNet.forward`; the hint is added to the first output.
-        time_embedding = self.time(timestep_embedding(t, self.channels[0]).to(dtype))
-        if self.pool is not None:
-            time_embedding = time_embedding + self.pool(masked_mean(context, mask))
+        time_embedding = self.embed_time(t, context, mask)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch)) + self.hint(control)
         stored = [h]
         for stage in self.down:

@@ -200,10 +200,7 @@ class UNet(nn.Module):
         if context is not None:
             context = context.to(dtype)
 
-        # Time embedding, [B, 4·channels[0]]
-        time_embedding = self.time(timestep_embedding(t, self.channels[0]).to(dtype))
-        if self.pool is not None:
-            time_embedding = time_embedding + self.pool(masked_mean(context, mask))
+        time_embedding = self.embed_time(t, context, mask)  # [B, 4·channels[0]]
 
         # Way down, middle, way up
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # [B, channels[0], H/p, W/p]
@@ -220,6 +217,17 @@ class UNet(nn.Module):
             h = self.run_stage(stage, h, time_embedding, context, mask)
         h = self.conv_out(F.silu(self.norm_out(h)))  # [B, out_channels·p², H/p, W/p]
         return F.pixel_shuffle(h, self.patch)  # [B, out_channels, H, W]
+
+    def embed_time(self, t, context=None, mask=None):
+        """The time embedding, plus the projected mean of the context if `pooled`: [B, 4·C_0].
+
+        C_0 are the channels of the finest level. context: in the dtype of the weights.
+        """
+        embedding = timestep_embedding(t, self.channels[0])
+        embedding = self.time(embedding.to(self.conv_in.weight.dtype))
+        if self.pool is not None:
+            embedding = embedding + self.pool(masked_mean(context, mask))
+        return embedding
 
     def check_context(self, context, mask, batch: int) -> None:
         """Raise ValueError for a missing context, a wrong number of captions, or an empty one.

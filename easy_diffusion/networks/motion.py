@@ -1,0 +1,227 @@
+"""Motion modules: frames attend to each other, and an image network becomes one of films.
+
+A UNet of images treats the frames of a film as a batch, and knows nothing of their order. A motion
+module follows each of its stages. There the F frames attend to each other, at each position of the
+image alone (Guo et al., "AnimateDiff: Animate Your Personalized Text-to-Image Diffusion Models
+without Specific Tuning", 2023, section 4.2):
+
+    h [B·F, C, H, W]  →  B·H·W sequences of F vectors  →  attention, feed-forward  →  h + zero(...)
+
+Its last layer begins at zero, so that an untrained VideoUNet gives, frame by frame, exactly what
+the image network gives. How a frame knows its place f in the film is one of
+
+    "sinusoidal"   the embedding of f is added before the attention (Vaswani et al. 2017, section
+                   3.5). The first and the last frame are far from each other.
+    "circular"     queries and keys are rotated (Su et al., "RoFormer", 2021, eq. 13) by the angles
+                   2π k f / F with whole numbers k. So q_f·k_g depends on (f - g) mod F alone: frame
+                   0 follows the last one, and rolling the noise along time rolls the film. A film
+                   of this network is a loop by construction.
+
+Films are [B, C, F, H, W]. The schedule, losses and samplers do not care about the form, so that
+they work for films as they are.
+
+The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py, unet.py,
+stable_diffusion_weights.py and weights_io.py.
+
+>>> unet = UNet(channels=(64, 128), context_dim=16)
+>>> video = VideoUNet.from_unet(unet)
+>>> film, t, context = torch.randn(2, 3, 8, 16, 16), torch.tensor([10, 500]), torch.randn(2, 5, 16)
+>>> out = video(film, t, context)
+>>> tuple(out.shape), torch.allclose(out[:, :, 3], unet(film[:, :, 3], t, context), atol=1e-5)
+((2, 3, 8, 16, 16), True)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention_kernels import attend
+from .blocks import Attention, Downsample, FeedForward, Upsample, timestep_embedding, zero_init
+from .unet import UNet
+
+POSITIONS = ("circular", "sinusoidal")
+
+
+class FrameAttention(Attention):
+    """Self-attention of F frames, [N, F, C] → [N, F, C], with positions of one of POSITIONS."""
+
+    def __init__(self, dim: int, heads: int, positions: str):
+        super().__init__(dim, heads=heads)
+        if positions not in POSITIONS:
+            raise ValueError(f"positions are one of {', '.join(POSITIONS)}, not {positions!r}")
+        if positions == "circular" and dim // heads % 2:
+            raise ValueError(f"circular positions need an even number of channels a head, not "
+                             f"{dim // heads}")
+        self.positions = positions
+
+    def forward(self, x):
+        frames = x.shape[1]
+        if self.positions == "sinusoidal":
+            x = x + embed_frames(frames, x.shape[2], x.device).to(x.dtype)
+        q, k, v = (self.split_heads(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+        if self.positions == "circular":
+            angles = circular_angles(frames, q.shape[-1] // 2, x.device)   # [F, d/2]
+            q, k = rotate(q, angles), rotate(k, angles)                         # [N, heads, F, d]
+        out = attend(q, k, v, None)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+def circular_angles(frames: int, pairs: int, device=None) -> torch.Tensor:
+    """Angles 2π k_i f / F for frame f and pair of channels i, float32 [F, pairs].
+
+    k_i runs through the whole numbers 0 … F/2 again and again. Larger ones would be the same as
+    these with the other sign.
+    """
+    f = torch.arange(frames, device=device)
+    k = torch.arange(pairs, device=device) % (frames // 2 + 1)
+    turns = f[:, None] * k % frames                 # whole numbers, so that F and 0 are equal
+    return 2 * math.pi * turns.float() / frames
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x_i, x_{i + d/2}) of x [..., F, d] by angles [F, d/2]."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def embed_frames(frames: int, dim: int, device=None) -> torch.Tensor:
+    """Sinusoidal embedding of the frames 0 … F - 1, float32 [F, dim]: sin, cos, sin, cos, …"""
+    cosines, sines = timestep_embedding(torch.arange(frames, device=device), dim).chunk(2, dim=-1)
+    return torch.stack([sines, cosines], dim=-1).flatten(1)
+
+
+class MotionModule(nn.Module):
+    """Frames attend to each other at each position: h [B·F, C, H, W] → the same shape.
+
+    channels: C. heads: of the attention.
+    positions: one of POSITIONS.
+    attentions: number of attention layers before the feed-forward layer; AnimateDiff has two.
+    expansion: of the feed-forward layer.
+    norm_over_frames: whether the group normalisation takes its mean and variance over all frames
+        of a film, as AnimateDiff does, or over each frame alone.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 4,
+        positions: str = "circular",
+        attentions: int = 1,
+        expansion: int = 2,
+        norm_over_frames: bool = False,
+    ):
+        super().__init__()
+        self.norm_over_frames = norm_over_frames
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(attentions))
+        self.attentions = nn.ModuleList(
+            FrameAttention(channels, heads, positions) for _ in range(attentions)
+        )
+        self.norm_out = nn.LayerNorm(channels)
+        self.feed_forward = FeedForward(channels, expansion)
+        self.proj_out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, h, frames: int):
+        """frames: F, by which the number of images in h is divisible."""
+        film = h.unflatten(0, (-1, frames))                         # [B, F, C, H, W]
+        if self.norm_over_frames:
+            film = self.norm(film.transpose(1, 2)).transpose(1, 2)
+        else:
+            film = self.norm(h).view_as(film)
+        y = film.permute(0, 3, 4, 1, 2).flatten(0, 2)               # [B·H·W, F, C]
+        y = self.proj_in(y)
+        for norm, attention in zip(self.norms, self.attentions):
+            y = y + attention(norm(y))
+        y = y + self.feed_forward(self.norm_out(y))
+        y = self.proj_out(y)
+        height, width = h.shape[2:]
+        y = y.unflatten(0, (-1, height, width)).permute(0, 3, 4, 1, 2)  # [B, F, C, H, W]
+        return h + y.flatten(0, 1)
+
+
+class VideoUNet(UNet):
+    """(film x_t [B, C, F, H, W], t [B], context [B, L, D], mask) → [B, C, F, H, W].
+
+    t, context and mask are those of UNet, the same for all frames of a film.
+
+    motion: arguments of MotionModule, by name.
+    settings: those of UNet, by name.
+
+    `forward` raises ValueError for a tensor that is not a film, and as that of UNet does.
+    """
+
+    def __init__(self, motion: dict | None = None, **settings):
+        super().__init__(**settings)
+        motion = motion or {}
+        self.settings |= dict(motion=motion)
+
+        def make_modules(stages):
+            """A motion module for each stage that has a residual block, else None."""
+            return nn.ModuleList(
+                None if isinstance(stage[0], Downsample)
+                else MotionModule(stage[0].conv2.out_channels, **motion)
+                for stage in stages
+            )
+
+        self.motion_down = make_modules(self.down)
+        self.motion_middle = MotionModule(self.channels[-1], **motion)
+        self.motion_up = make_modules(self.up)
+
+    @classmethod
+    def from_unet(cls, unet: UNet, **motion) -> "VideoUNet":
+        """Inflate a trained UNet: its weights, and new motion modules.
+
+        motion: arguments of MotionModule, by name.
+        """
+        video = cls(motion, **unet.settings)
+        video.load_state_dict(video.state_dict() | unet.state_dict())
+        return video.to(unet.conv_in.weight)
+
+    def motion_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the motion modules; all others are those of the image network."""
+        return [
+            parameter for name, parameter in self.named_parameters() if name.startswith("motion_")
+        ]
+
+    def forward(self, x, t, context=None, mask=None):
+        if x.ndim != 5:
+            raise ValueError(f"a film is [B, C, F, H, W], not of the shape {tuple(x.shape)}")
+        self.check_context(context, mask, len(x))
+        self.check_size(x)
+        dtype = self.conv_in.weight.dtype
+        frames = x.shape[2]
+
+        def repeat(y):
+            """One row for each frame of each film; a row for all films stays one."""
+            return y if y is None or len(y) == 1 != len(x) else y.repeat_interleave(frames, dim=0)
+
+        # The frames become images; t and the context are repeated for each of them.
+        h = x.to(dtype).transpose(1, 2).flatten(0, 1)               # [B·F, C, H, W]
+        context = None if context is None else repeat(context.to(dtype))
+        mask = repeat(mask)
+        time_embedding = self.embed_time(repeat(t), context, mask)
+
+        # As in UNet.forward, with a motion module after the blocks of each stage
+        h = self.conv_in(F.pixel_unshuffle(h, self.patch))
+        skips = [h]
+        for stage, motion in zip(self.down, self.motion_down):
+            h = self.run_stage(stage, h, time_embedding, context, mask)
+            if motion is not None:
+                h = motion(h, frames)
+            skips.append(h)
+        h = self.run_stage(self.middle[:-1], h, time_embedding, context, mask)
+        h = self.motion_middle(h, frames)
+        h = self.run_stage(self.middle[-1:], h, time_embedding, context, mask)
+        for stage, motion in zip(self.up, self.motion_up):
+            blocks = stage[:-1] if isinstance(stage[-1], Upsample) else stage
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = self.run_stage(blocks, h, time_embedding, context, mask)
+            h = motion(h, frames)
+            h = self.run_stage(stage[len(blocks):], h, time_embedding, context, mask)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = F.pixel_shuffle(h, self.patch)                          # [B·F, C, H, W]
+        return h.unflatten(0, (-1, frames)).transpose(1, 2)         # [B, C, F, H, W]
