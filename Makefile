@@ -2,6 +2,7 @@
 # make app         serves a local web page to play with the trained networks
 # make lab         opens the notebooks in JupyterLab
 # make train       trains the demo's network from scratch    (make train LATENT=1: on latents)
+#                  (make train MOTION=1: trains the network in weights/ on films)
 # make test        runs the style check and all tests, offline, in two processes of one thread each
 # make notebooks   executes the notebooks and saves their outputs
 # make bench       runs all benchmarks and writes benchmarks/README.md
@@ -9,6 +10,7 @@ NAME ?= 番茄炒鸡蛋
 MOVE ?= circle
 WEIGHTS ?= weights
 LATENT ?=
+MOTION ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -23,7 +25,7 @@ lab: .venv/ready
 	$(BIN)/jupyter lab ipynb
 
 train: .venv/ready
-	$(BIN)/python -m easy_diffusion.train_demo --weights $(WEIGHTS) $(if $(LATENT),--latent)
+	$(BIN)/python -m easy_diffusion.$(if $(MOTION),train_motion,train_demo) --weights $(WEIGHTS) $(if $(LATENT),--latent)
 
 test: .venv/app
 	$(BIN)/ruff check .

@@ -9,8 +9,9 @@ Record 42 has the key "000000042". Its value consists of three parts, one after 
 
     length    4 bytes, little-endian: the length of the header
     header    JSON in UTF-8, such as {"caption": "番茄炒鸡蛋"}, with any further fields
-    image     if the header has a field "shape": [3, H, W], the 3·H·W uint8 pixel values;
-              else the content of an image file (PNG, JPEG, …)
+    image     if the header has a field "shape": [3, H, W], the 3·H·W uint8 pixel values, or
+              [F, 3, H, W], those of the F frames of a film; else the content of an image file
+              (PNG, JPEG, …)
 
 Pixel values need a little more space than a PNG and no time to decode. Nothing is unpickled, so a
 store from an untrusted source cannot execute code.
@@ -72,7 +73,7 @@ VERSION = 2  # version 1 contained image files only, no pixel values
 
 
 class ImageCaptionStore(torch.utils.data.Dataset):
-    """Item i of a store is (image uint8 [3, H, W], caption).
+    """Item i of a store is (image uint8 [3, H, W], caption); a film is uint8 [F, 3, H, W].
 
     The LMDB file is opened at the first access in each process, so the dataset can be passed to
     worker processes, forked or spawned. Raises FileNotFoundError if there is no store, ValueError
@@ -281,7 +282,8 @@ def _hash_content(caption: str, data: bytes) -> str:
 def encode_record(image, caption: str, extra_fields: dict | None = None) -> bytes:
     """Encode one record: length of the header, header, image.
 
-    image: uint8 [3, H, W], or the content of an image file as bytes, which is stored unchanged
+    image: uint8 [3, H, W]; a film, uint8 [F, 3, H, W]; or the content of an image file as bytes,
+        which is stored unchanged
     extra_fields: further fields of the header; JSON must be able to represent them
     """
     shape_field = {}
@@ -289,9 +291,12 @@ def encode_record(image, caption: str, extra_fields: dict | None = None) -> byte
         if isinstance(image, np.ndarray):
             image = np.ascontiguousarray(image)  # torch has no negative strides
         image = torch.as_tensor(image)
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"an image is uint8 [3, H, W], not {image.dtype} {list(image.shape)}")
-        shape_field = {"shape": list(image.shape)}
+        shape = list(image.shape)
+        if image.dtype != torch.uint8 or len(shape) not in (3, 4) or shape[-3] != 3:
+            raise ValueError(
+                f"an image is uint8 [3, H, W], a film [F, 3, H, W], not {image.dtype} {shape}"
+            )
+        shape_field = {"shape": shape}
         image = image.contiguous().numpy().tobytes()
     if not isinstance(caption, str):
         raise TypeError(f"a caption is a str, not {caption!r}")
@@ -320,7 +325,7 @@ def parse_header(record) -> dict:
 
 
 def decode_record(record) -> tuple[torch.Tensor, dict]:
-    """Return (image uint8 [3, H, W], header) of one record, bytes or a buffer."""
+    """Return (image uint8 [3, H, W] or [F, 3, H, W], header) of one record, bytes or a buffer."""
     header, content = split_record(record)
     if "shape" in header:
         pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)

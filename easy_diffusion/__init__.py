@@ -27,6 +27,8 @@ and the files beside them:
     photo_presets.py    the presets for photographs
     train_photos.py     the command python -m easy_diffusion.train_photos
     train_control.py    the command python -m easy_diffusion.train_control
+    film_presets.py     the presets for films, and their sampling
+    train_motion.py     the command python -m easy_diffusion.train_motion
     masked_dishes.py    drawn dishes with the masks of the camera moves
     classify.py         the command python -m easy_diffusion.classify
     app.py              the local web page: python -m easy_diffusion.app

@@ -12,6 +12,9 @@ generates the dish and inpaints what the camera's move uncovers. The files in --
     held_out_128.png       held-out dishes, generated (left) and drawn (right): combinations of
                            ingredients that the training data does not contain
 
+With --motion the dish itself moves, in a film that a model of films generates; it comes from
+python -m easy_diffusion.train_motion. The file is <name>_<motion>.gif.
+
 With --image the camera moves over a photograph instead of a generated dish, and --mask selects a
 region of it to inpaint first. With --inpainter control a ControlNet helps the network to inpaint in
 six steps; with --inpainter sd Stable Diffusion inpaints. The options are in demo_options.py.
@@ -37,6 +40,7 @@ import torch
 from tqdm.auto import tqdm
 
 from datasets.aipos import load_photo
+from datasets.dish_films import MOTIONS
 from datasets.dishes import attributes
 
 from .animation.camera import MOVES
@@ -44,6 +48,7 @@ from .animation.film import animate, mosaic, write_film
 from .command_line import check_writable, run_command
 from .demo_options import parse_options, read_mask
 from .files import write_atomically
+from .film_presets import FPS, generate_films
 from .generate import generate_images, make_held_out_sheet, make_model_inpainter
 from .images import contact_sheet, encode_png, load_chinese_font
 from .inpainting.control_inpainter import make_control_inpainter
@@ -108,6 +113,10 @@ def main(arguments=None) -> int:
     pipeline = load_pipeline(options.sd, options.sd_config) if options.inpainter == "sd" else None
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     print_plan(options)
+    if options.motion:
+        for path in write_motion_films(options):
+            print(f"wrote {path}")
+        return 0
 
     # Networks. A photograph that Stable Diffusion inpaints needs none.
     written = []
@@ -170,7 +179,8 @@ def print_plan(options) -> None:
     else:
         device = f"{torch.get_num_threads()} CPU cores"
     names = "、".join(options.names)
-    print(f"{names}, {options.move}, on {device}; all files are in {options.out}/", flush=True)
+    kind = options.motion or options.move
+    print(f"{names}, {kind}, on {device}; all files are in {options.out}/", flush=True)
     if options.image:
         return
     for name in options.names:
@@ -178,6 +188,25 @@ def print_plan(options) -> None:
             attributes(name)
         except ValueError as error:
             print(f"note: {error} The network was not trained on this name.", flush=True)
+
+
+def write_motion_films(options) -> list[Path]:
+    """Generate a film of each dish in which it moves, and write it; returns the paths."""
+    model = load_model(options.weights, options.size, films=True)
+    written = []
+    for number, name in enumerate(tqdm(options.names, desc="films", unit="film")):
+        film, = generate_films(
+            model,
+            [MOTIONS[options.motion] + name],
+            size=options.size,
+            steps=options.steps,
+            guidance=options.guidance,
+            seed=options.seed + number,
+        )
+        written.append(options.out / f"{name}_{options.motion}.{options.format}")
+        frames = mosaic([list(film)], [name], columns=1, side=options.show)
+        write_film(written[-1], frames, FPS)
+    return written
 
 
 def write_image(options, name: str, dish: np.ndarray) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from datasets.aipos import load_photo, to_eight_bits
+from datasets.dish_films import MOTIONS
 
 from .animation.camera import MOVES
 from .animation.film import FORMATS
@@ -122,6 +123,11 @@ def add_film_options(group) -> None:
         help="camera move; all makes a film of each of the ten moves and one that shows all",
     )
     group.add_argument(
+        "--motion", choices=tuple(MOTIONS),
+        help="motion of the dish itself, in place of a camera move; --weights must be a folder "
+        "with a model of films, from python -m easy_diffusion.train_motion",
+    )
+    group.add_argument(
         "--reverse", action="store_true",
         help="play the film backwards; centre then zooms out instead of in",
     )
@@ -145,15 +151,19 @@ def add_film_options(group) -> None:
 def check_options(parser: argparse.ArgumentParser, options) -> None:
     """End the program with a message if options are out of range or contradict each other."""
     # Weights. A photograph that Stable Diffusion inpaints needs none.
-    sizes = find_sizes(options.weights)
+    films = options.motion is not None
+    if films and options.image:
+        parser.error("--motion is for a generated dish, not for a photograph: --image")
+    sizes = find_sizes(options.weights, films)
     if not hasattr(options, "size"):
         options.size = sizes[-1] if sizes else SIZE
     check_size(parser, options.size)
     if options.size not in sizes and (not options.image or options.inpainter != "sd"):
         known = ", ".join(str(size) for size in sizes) or "no"
         parser.error(
-            f"--weights {options.weights} has networks for {known} pixels, not for --size "
-            f"{options.size}: python -m easy_diffusion.train_demo trains one"
+            f"--weights {options.weights} has networks {'of films ' * films}for {known} pixels, "
+            f"not for --size {options.size}: python -m easy_diffusion."
+            f"{'train_motion' if films else 'train_demo'} trains one"
         )
 
     # Numbers

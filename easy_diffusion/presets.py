@@ -100,17 +100,20 @@ def build_networks(
 # ------------------------------------------------------------------ drawn dishes
 
 
-def prepare_dishes(folder: Path, count: int, size: int) -> lmdb_store.ImageCaptionStore:
+def prepare_dishes(
+    folder: Path, count: int, size: int, dataset: Callable = Dishes
+) -> lmdb_store.ImageCaptionStore:
     """Open the LMDB store of `count` drawn dishes in `folder`, and draw those that are missing.
 
     A store that already holds more is returned with all of them.
 
     size: height and width of the images in pixels.
+    dataset: (count, size) → the dataset that is stored, such as DishFilms.
     """
     lmdb_environment.recover(folder)
     existing = lmdb_store.count_records(folder)
     if existing < count:
-        missing = torch.utils.data.Subset(Dishes(count, size), range(existing, count))
+        missing = torch.utils.data.Subset(dataset(count, size), range(existing, count))
         workers = min(8, os.cpu_count() or 1)
         records = torch.utils.data.DataLoader(missing, batch_size=None, num_workers=workers)
         for _ in tqdm(

@@ -3,6 +3,7 @@
 A folder of weights holds, for each image size that a model was trained for,
 
     text_to_image_SIZE.safetensors    the UNet and the text encoder
+    text_to_film_SIZE.safetensors     the same for films: a VideoUNet and its text encoder
     autoencoder_SIZE.safetensors      the autoencoder, if the UNet was trained on latents
 
 The header of a file is JSON. It contains the settings of the networks, the characters that the
@@ -33,6 +34,7 @@ from .diffusion.gaussian import GaussianDiffusion
 from .diffusion.schedule import NoiseSchedule
 from .latent_space import fingerprint
 from .networks.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from .networks.motion import VideoUNet
 from .networks.text_encoder import CharacterEncoder
 from .networks.unet import UNet
 from .networks.weights_io import load_tree, load_weights, save_tree
@@ -42,21 +44,21 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "weights"   # the models of this
 
 
 class Model(NamedTuple):
-    """A text-to-image model: all that sampling needs.
+    """A text-to-image model, or one of films: all that sampling needs.
 
     autoencoder: decodes the samples of a UNet that was trained on latents; None: it was trained
         on pixels.
     """
 
-    network: UNet
+    network: UNet | VideoUNet
     encoder: CharacterEncoder
     diffusion: GaussianDiffusion
     autoencoder: Autoencoder | None
 
 
-def model_path(folder, size: int) -> Path:
-    """The file of the UNet and the text encoder for images of this size."""
-    return Path(folder) / f"text_to_image_{size}.safetensors"
+def model_path(folder, size: int, films: bool = False) -> Path:
+    """The file of the UNet and the text encoder for images, or films, of this size."""
+    return Path(folder) / f"text_to_{'film' if films else 'image'}_{size}.safetensors"
 
 
 def autoencoder_path(folder, size: int) -> Path:
@@ -88,26 +90,33 @@ def save_model(folder, size: int, model: Model, training: dict | None = None) ->
         "network": {name: tensor.half() for name, tensor in network.state_dict().items()},
         "encoder": {name: tensor.half() for name, tensor in encoder.state_dict().items()},
     }
-    save_tree(model_path(folder, size), tree)
+    save_tree(model_path(folder, size, isinstance(network, VideoUNet)), tree)
 
 
-def find_sizes(folder) -> list[int]:
-    """The image sizes in pixels for which `folder` holds a model, in increasing order."""
-    names = [path.name for path in Path(folder).glob("text_to_image_*.safetensors")]
-    matches = [re.fullmatch(r"text_to_image_(\d+)\.safetensors", name) for name in names]
+def find_sizes(folder, films: bool = False) -> list[int]:
+    """The sizes in pixels for which `folder` holds a model of images, or films, increasing."""
+    pattern = model_path("", "*", films).name
+    names = [path.name for path in Path(folder).glob(pattern)]
+    matches = [re.fullmatch(pattern.replace("*", r"(\d+)"), name) for name in names]
     return sorted(int(match[1]) for match in matches if match)
 
 
-def load_model(folder=WEIGHTS, size: int | None = None) -> Model:
+def load_model(folder=WEIGHTS, size: int | None = None, films: bool = False) -> Model:
     """Rebuild a model in float32 and eval mode, on the GPU if there is one.
 
     folder: where `save_model` wrote it; by default the weights of this repository.
     size: of the images in pixels; None: the largest in the folder.
+    films: whether to load a model of films.
 
     Raises FileNotFoundError if there is no such model, and ValueError for files that are damaged or
     do not belong together.
     """
-    sizes = find_sizes(folder)
+    sizes = find_sizes(folder, films)
+    if not sizes and films:
+        raise FileNotFoundError(
+            f"no trained model of films in {Path(folder).absolute()}: "
+            "python -m easy_diffusion.train_motion trains one"
+        )
     if not sizes:
         raise FileNotFoundError(
             f"no trained model in {Path(folder).absolute()}: this repository's are in its folder "
@@ -117,11 +126,11 @@ def load_model(folder=WEIGHTS, size: int | None = None) -> Model:
     if size not in sizes:
         known = ", ".join(str(known) for known in sizes)
         raise FileNotFoundError(f"{folder} has models for {known} pixels, not for {size}")
-    path = model_path(folder, size)
+    path = model_path(folder, size, films)
     saved = load_tree(path)
     if not isinstance(saved, dict) or "encoder_settings" not in saved:
         raise ValueError(f"{path} is a checkpoint, but not a model that save_model wrote")
-    network = UNet(**saved["network_settings"])
+    network = (VideoUNet if films else UNet)(**saved["network_settings"])
     load_weights(network, saved["network"])
     encoder = CharacterEncoder(**saved["encoder_settings"])
     load_weights(encoder, saved["encoder"])

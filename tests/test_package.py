@@ -20,9 +20,10 @@ LAYERS = [
     {"training", "evaluation", "latent_space", "animation"},
     {"inpainting"},
     {"presets", "pretrained", "generate", "dish_classifier", "photo_presets", "notebook",
-     "masked_dishes"},
+     "masked_dishes", "film_presets"},
     {
-        "demo", "demo_options", "train_demo", "train_photos", "train_control", "classify",
+        "demo", "demo_options", "train_demo", "train_photos", "train_control", "train_motion",
+        "classify",
         "app", "app_requests", "train_model", "train_options", "train_setup",
     },
 ]

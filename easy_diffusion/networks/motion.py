@@ -102,6 +102,8 @@ class MotionModule(nn.Module):
     expansion: of the feed-forward layer.
     norm_over_frames: whether the group normalisation takes its mean and variance over all frames
         of a film, as AnimateDiff does, or over each frame alone.
+    time_dim: dimension of the time embedding, whose projection is added to each frame; None:
+        without, as AnimateDiff.
     """
 
     def __init__(
@@ -112,11 +114,13 @@ class MotionModule(nn.Module):
         attentions: int = 1,
         expansion: int = 2,
         norm_over_frames: bool = False,
+        time_dim: int | None = None,
     ):
         super().__init__()
         self.norm_over_frames = norm_over_frames
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
+        self.time = nn.Linear(time_dim, channels) if time_dim is not None else None
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(attentions))
         self.attentions = nn.ModuleList(
             FrameAttention(channels, heads, positions) for _ in range(attentions)
@@ -125,8 +129,11 @@ class MotionModule(nn.Module):
         self.feed_forward = FeedForward(channels, expansion)
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
-    def forward(self, h, frames: int):
-        """frames: F, by which the number of images in h is divisible."""
+    def forward(self, h, frames: int, time_embedding=None):
+        """frames: F, by which the number of images in h is divisible.
+
+        time_embedding: [B·F, time_dim], the same for all frames of a film.
+        """
         film = h.unflatten(0, (-1, frames))                         # [B, F, C, H, W]
         if self.norm_over_frames:
             film = self.norm(film.transpose(1, 2)).transpose(1, 2)
@@ -134,12 +141,15 @@ class MotionModule(nn.Module):
             film = self.norm(h).view_as(film)
         y = film.permute(0, 3, 4, 1, 2).flatten(0, 2)               # [B·H·W, F, C]
         y = self.proj_in(y)
+        if self.time is not None:
+            shift = self.time(F.silu(time_embedding[::frames]))     # [B, C]
+            height, width = h.shape[2:]
+            y = y + shift.repeat_interleave(height * width, dim=0)[:, None]
         for norm, attention in zip(self.norms, self.attentions):
             y = y + attention(norm(y))
         y = y + self.feed_forward(self.norm_out(y))
         y = self.proj_out(y)
-        height, width = h.shape[2:]
-        y = y.unflatten(0, (-1, height, width)).permute(0, 3, 4, 1, 2)  # [B, F, C, H, W]
+        y = y.unflatten(0, (-1, *h.shape[2:])).permute(0, 3, 4, 1, 2)  # [B, F, C, H, W]
         return h + y.flatten(0, 1)
 
 
@@ -149,35 +159,38 @@ class VideoUNet(UNet):
     t, context and mask are those of UNet, the same for all frames of a film.
 
     motion: arguments of MotionModule, by name.
+    timed: whether the time embedding, to which `pooled` adds the caption, also enters the motion
+        modules. They then know how noisy the film is, and which motion is asked for.
     settings: those of UNet, by name.
 
     `forward` raises ValueError for a tensor that is not a film, and as that of UNet does.
     """
 
-    def __init__(self, motion: dict | None = None, **settings):
+    def __init__(self, motion: dict | None = None, timed: bool = True, **settings):
         super().__init__(**settings)
         motion = motion or {}
-        self.settings |= dict(motion=motion)
+        self.settings |= dict(motion=motion, timed=timed)
+        time_dim = self.time[-1].out_features if timed else None
 
         def make_modules(stages):
             """A motion module for each stage that has a residual block, else None."""
             return nn.ModuleList(
                 None if isinstance(stage[0], Downsample)
-                else MotionModule(stage[0].conv2.out_channels, **motion)
+                else MotionModule(stage[0].conv2.out_channels, time_dim=time_dim, **motion)
                 for stage in stages
             )
 
         self.motion_down = make_modules(self.down)
-        self.motion_middle = MotionModule(self.channels[-1], **motion)
+        self.motion_middle = MotionModule(self.channels[-1], time_dim=time_dim, **motion)
         self.motion_up = make_modules(self.up)
 
     @classmethod
-    def from_unet(cls, unet: UNet, **motion) -> "VideoUNet":
+    def from_unet(cls, unet: UNet, timed: bool = True, **motion) -> "VideoUNet":
         """Inflate a trained UNet: its weights, and new motion modules.
 
-        motion: arguments of MotionModule, by name.
+        timed: see the class. motion: arguments of MotionModule, by name.
         """
-        video = cls(motion, **unet.settings)
+        video = cls(motion, timed, **unet.settings)
         video.load_state_dict(video.state_dict() | unet.state_dict())
         return video.to(unet.conv_in.weight)
 
@@ -211,16 +224,16 @@ class VideoUNet(UNet):
         for stage, motion in zip(self.down, self.motion_down):
             h = self.run_stage(stage, h, time_embedding, context, mask)
             if motion is not None:
-                h = motion(h, frames)
+                h = motion(h, frames, time_embedding)
             skips.append(h)
         h = self.run_stage(self.middle[:-1], h, time_embedding, context, mask)
-        h = self.motion_middle(h, frames)
+        h = self.motion_middle(h, frames, time_embedding)
         h = self.run_stage(self.middle[-1:], h, time_embedding, context, mask)
         for stage, motion in zip(self.up, self.motion_up):
             blocks = stage[:-1] if isinstance(stage[-1], Upsample) else stage
             h = torch.cat([h, skips.pop()], dim=1)
             h = self.run_stage(blocks, h, time_embedding, context, mask)
-            h = motion(h, frames)
+            h = motion(h, frames, time_embedding)
             h = self.run_stage(stage[len(blocks):], h, time_embedding, context, mask)
         h = self.conv_out(F.silu(self.norm_out(h)))
         h = F.pixel_shuffle(h, self.patch)                          # [B·F, C, H, W]

@@ -2,8 +2,8 @@
 
 Published motion modules were trained for Stable Diffusion 1.5 and contain no image network. Where
 they differ from the defaults of motion.py, its options give their form, ANIMATE_DIFF: two attention
-layers, sinusoidal positions, a feed-forward layer four times as wide, and a normalisation over all
-frames. In new modules of diffusers the last layer does not begin at zero.
+layers, sinusoidal positions, a feed-forward layer four times as wide, a normalisation over all
+frames, and no time embedding. In new modules of diffusers the last layer does not begin at zero.
 
     ours        motion_down.0.attentions.1.to_q.weight
     diffusers   down_blocks.0.motion_modules.0.transformer_blocks.0.attn2.to_q.weight
@@ -26,7 +26,7 @@ from .motion import VideoUNet, embed_frames
 from .weights_io import atomic_path, load_weights, read_tensors, save_tensors
 
 ANIMATE_DIFF = dict(
-    heads=8, positions="sinusoidal", attentions=2, expansion=4, norm_over_frames=True
+    timed=False, heads=8, positions="sinusoidal", attentions=2, expansion=4, norm_over_frames=True
 )
 MAX_FRAMES = 32                         # of published modules
 FILE = "diffusion_pytorch_model.safetensors"
@@ -54,7 +54,7 @@ def map_motion_names(video: VideoUNet) -> dict[str, str]:
     Raises ValueError unless the modules have the form of ANIMATE_DIFF.
     """
     wanted = {name: value for name, value in ANIMATE_DIFF.items() if name != "heads"}
-    own = video.settings["motion"]
+    own = video.settings["motion"] | {"timed": video.settings["timed"]}
     different = {name for name, value in wanted.items() if own.get(name) != value}
     if different:
         raise ValueError(

@@ -80,6 +80,18 @@ class CharacterEncoder(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(dim)
 
+    def with_characters(self, characters: str) -> "CharacterEncoder":
+        """Return a copy that also knows these characters; all that it knew is encoded as before."""
+        settings = self.settings | {"characters": self.characters + characters}
+        larger = CharacterEncoder(**settings)
+        state = self.state_dict()
+        embedding = larger.embedding.weight.detach().to(self.position)  # [characters + 3, dim]
+        embedding[:3] = state["embedding.weight"][:3]  # padding, start token, unknown token
+        for character, row in self.index.items():
+            embedding[larger.index[character]] = state["embedding.weight"][row]
+        larger.load_state_dict(state | {"embedding.weight": embedding})
+        return larger.to(self.position)
+
     def tokenize(self, captions: list[str]) -> torch.Tensor:
         """Token ids, int64 [B, L] on the CPU: start token, one token a character, padding."""
         check_captions(captions)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.dish_films import DishFilms
 from datasets.dishes import Dishes
 from datasets.lmdb_store import ImageCaptionStore, append_records, count_records
 
@@ -304,3 +305,11 @@ for count in append_records(sys.argv[1], Dishes(2000, 32), per_transaction=64):
     store = ImageCaptionStore(folder)
     assert len(store) == 500
     assert torch.equal(store[499][0], dishes[499][0])
+
+
+def test_a_store_holds_films(tmp_path):
+    films = DishFilms(3, 32, frames=4)
+    assert list(append_records(tmp_path, (films[i] for i in range(3)))) == [1, 2, 3]
+    frames, name = ImageCaptionStore(tmp_path)[2]
+    assert frames.shape == (4, 3, 32, 32) and name == films[2][1]
+    assert torch.equal(frames, films[2][0])

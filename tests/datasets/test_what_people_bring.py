@@ -208,7 +208,7 @@ def test_arrays_with_negative_strides_are_stored_and_others_refused_with_a_sente
         pass
     assert ImageCaptionStore(tmp_path)[0][0].tolist() == image[::-1, :, ::-1].tolist()
     for other in (image / 255, image[0], image[..., None]):
-        with pytest.raises(ValueError, match=r"an image is uint8 \[3, H, W\], not"):
+        with pytest.raises(ValueError, match=r"an image is uint8 \[3, H, W\], a film .* not"):
             list(append_records(tmp_path, [(other, "汤")]))
 
 

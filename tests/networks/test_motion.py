@@ -228,7 +228,7 @@ def test_errors_name_what_is_wrong(tmp_path):
         MotionModule(32, positions="learned")
     with pytest.raises(ValueError, match="even number"):
         FrameAttention(12, 4, "circular")
-    with pytest.raises(ValueError, match="attentions, expansion"):
+    with pytest.raises(ValueError, match="attentions, expansion.*timed"):
         save_motion_adapter(video, tmp_path)
     with pytest.raises(FileNotFoundError):
         load_motion_adapter(VideoUNet.from_unet(unet, **ANIMATE_DIFF), tmp_path / "nowhere")

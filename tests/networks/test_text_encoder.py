@@ -69,3 +69,13 @@ def test_token_ids_do_not_depend_on_the_order_of_the_characters():
         encoder = CharacterEncoder(text, dim=32, layers=1)
         assert encoder.characters == "土汤炒番茄蛋豆鸡"                    # by code point
         assert encoder.tokenize(["番茄汤"]).tolist() == [[1, 6, 7, 4]]
+
+
+def test_an_encoder_that_learns_characters_encodes_the_old_ones_as_before():
+    encoder = CharacterEncoder("番茄炒鸡蛋汤", dim=32, heads=2).eval()
+    larger = encoder.with_characters("转动番").eval()
+    captions = ["番茄汤", "", "鸡蛋"]
+    assert all(map(torch.equal, larger(captions), encoder(captions)))
+    assert set(larger.characters) == set("番茄炒鸡蛋汤转动")
+    assert not torch.equal(larger(["转"])[0], larger(["动"])[0])
+    assert CharacterEncoder(**larger.settings).characters == larger.characters

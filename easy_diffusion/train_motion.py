@@ -1,0 +1,161 @@
+"""Train a model of films on drawn dishes: python -m easy_diffusion.train_motion
+
+It starts from the text-to-image model in --weights, adds motion modules (networks/motion.py), and
+trains both on films of drawn dishes (datasets/dish_films.py). With --frozen only the motion modules
+and the text encoder are trained. The same command resumes an interrupted training. The files in
+--out are
+
+    weights/                        the trained model, text_to_film_64.safetensors
+    films_64.gif                    films of held-out dishes, one row for each motion
+    films_64/                       the LMDB store of the films that it is trained on
+    training_films_64.safetensors   the checkpoint of the training
+
+>>> options = parse_options(["--minutes", "3", "--frames", "4"])
+>>> options.minutes, options.frames, options.size
+(3.0, 4, 64)
+"""
+
+import argparse
+import math
+import random
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from datasets.dish_films import FRAMES, MOTIONS, DishFilms
+from datasets.dishes import dish_names
+
+from .animation.film import mosaic, write_film
+from .command_line import check_ranges, check_writable, run_command
+from .demo_options import check_size
+from .film_presets import BATCH, FPS, GPU_BATCH, Films, generate_films, inflate_model
+from .images import load_chinese_font
+from .presets import SIZE, TRAINING, prepare_dishes
+from .pretrained import WEIGHTS, Model, load_model, save_model
+from .training.checkpoint import load_checkpoint, load_ema_weights
+from .training.data_loader import make_loader
+from .training.distributed import check_gpu
+from .training.progress import track_progress
+from .training.trainer import train
+
+SHOWN = 4                       # held-out dishes on the sheet, for each motion
+STEPS = 25                      # of the sampler
+
+
+def parse_options(arguments) -> argparse.Namespace:
+    """Parse and check the command line; an invalid option ends the program with a message."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog="python -m easy_diffusion.train_motion",
+        description="Train a model of films on drawn dishes that move.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=4.0 if cuda else 12.0, help="training time"
+    )
+    parser.add_argument(
+        "--films", type=int, default=20_000 if cuda else 3000,
+        help="number of films to train on; they are drawn first",
+    )
+    parser.add_argument("--frames", type=int, default=FRAMES, help="frames of a film")
+    parser.add_argument(
+        "--size", type=int, default=SIZE, help="height and width of the frames in pixels"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=GPU_BATCH if cuda else BATCH,
+        help="films per training step",
+    )
+    parser.add_argument(
+        "--frozen", action="store_true",
+        help="keep the weights of the image network; train motion modules and text encoder",
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, metavar="FOLDER",
+        help="folder with the text-to-image model, which was trained on pixels",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/motion"), metavar="FOLDER",
+        help="folder for the films, the checkpoint and the results",
+    )
+    options = parser.parse_args(arguments)
+    check_size(parser, options.size)
+    check_ranges(parser, options, {
+        "minutes": (1e-3, math.inf),
+        "batch_size": (1, math.inf),
+        "frames": (2, 64),
+        "films": (options.batch_size, math.inf),
+    })
+    return options
+
+
+def main(arguments=None) -> int:
+    """Train a model of films; see the module's docstring. Returns the exit status."""
+    options = parse_options(arguments)
+    check_gpu()
+    check_writable(options.out)
+    load_chinese_font(12)       # raises here, rather than after the training, if there is no font
+    model = load_model(options.weights, options.size)
+    if model.autoencoder is not None:
+        raise ValueError(
+            f"the model of {options.size} pixels in {options.weights} works on latents; "
+            "this command needs one that works on pixels, such as --size 64"
+        )
+    films = prepare_dishes(
+        options.out / f"films_{options.size}", options.films, options.size,
+        partial(DishFilms, frames=options.frames),
+    )
+    model = train_model_of_films(options, model, films)
+    path = options.out / f"films_{options.size}.gif"
+    write_films(path, model, options.size, options.frames)
+    for written in (options.out / "weights", path):
+        print(f"wrote {written}")
+    return 0
+
+
+def train_model_of_films(options, model: Model, films) -> Model:
+    """Train the model on a store of films, or resume its training; returns and saves it."""
+    torch.manual_seed(0)
+    network, encoder, diffusion, _ = model = inflate_model(model)
+    if options.frozen:
+        network.requires_grad_(False)
+        for parameter in network.motion_parameters():
+            parameter.requires_grad_(True)
+    checkpoint = options.out / f"training_films_{options.size}.safetensors"
+    steps = train(
+        network.train(),
+        diffusion,
+        make_loader(Films(films), options.batch_size),
+        encoder.train(),
+        minutes=options.minutes,
+        steps=None,
+        checkpoint=checkpoint,
+        keep=1,
+        save_seconds=min(30, 3 * options.minutes),
+        **TRAINING,
+    )
+    for _ in track_progress(steps, description="training on films"):
+        pass
+    saved = load_checkpoint(checkpoint)
+    load_ema_weights(network, encoder, diffusion, saved)
+    network.eval()
+    encoder.eval()
+    training = {"steps": saved["index"], "frames": options.frames}
+    save_model(options.out / "weights", options.size, model, training)
+    return model
+
+
+def write_films(path: Path, model: Model, size: int, frames: int) -> None:
+    """Write a looping GIF with films of held-out dishes, a row for each motion."""
+    dishes = random.Random(0).sample(dish_names("held_out"), SHOWN)
+    names = [prefix + dish for prefix in MOTIONS.values() for dish in dishes]
+    films = [generate_films(model, [name], frames, size, STEPS)[0] for name in names]
+    sheet = mosaic([list(film) for film in films], names, columns=SHOWN, side=2 * size)
+    write_film(path, sheet, FPS)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(
+        main, "interrupted; the same command resumes from the last checkpoint, if there is one"
+    ))
