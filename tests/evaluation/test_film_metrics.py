@@ -49,7 +49,7 @@ def test_the_seam_of_a_loop_is_one_and_that_of_a_ramp_is_not():
 def test_films_of_turning_plates_loop_and_half_a_turn_does_not():
     whole = torch.from_numpy(draw_film("转动番茄炒鸡蛋", 64, seed=0, frames=24).frames)
     assert float(loop_seam_ratio(whole[None])) == pytest.approx(1, abs=0.1)
-    assert float(loop_seam_ratio(whole[None, :12])) > 1.5
+    assert float(loop_seam_ratio(whole[None, :12])) > 1.15
 
 
 def test_a_classifier_learns_what_moves():
