@@ -106,7 +106,14 @@ def main(arguments=None) -> int:
         options.out / f"films_{options.size}", options.films, options.size,
         partial(DishFilms, frames=options.frames),
     )
-    model = train_model_of_films(options, model, films)
+    torch.manual_seed(0)
+    model = inflate_model(model)
+    checkpoint = options.out / f"training_films_{options.size}.safetensors"
+    steps = train_on_films(
+        model, films, options.minutes, options.batch_size, checkpoint, options.frozen
+    )
+    training = {"steps": steps, "frames": options.frames}
+    save_model(options.out / "weights", options.size, model, training)
     path = options.out / f"films_{options.size}.gif"
     write_films(path, model, options.size, options.frames)
     for written in (options.out / "weights", path):
@@ -114,25 +121,30 @@ def main(arguments=None) -> int:
     return 0
 
 
-def train_model_of_films(options, model: Model, films) -> Model:
-    """Train the model on a store of films, or resume its training; returns and saves it."""
-    torch.manual_seed(0)
-    network, encoder, diffusion, _ = model = inflate_model(model)
-    if options.frozen:
+def train_on_films(
+    model: Model, films, minutes: float, batch_size: int, checkpoint: Path, frozen: bool = False
+) -> int:
+    """Train an inflated model on a store of films, or resume its training; returns the steps.
+
+    model: of `inflate_model`; it ends with its EMA weights, in eval mode.
+    minutes: training time. checkpoint: file to save to and to resume from.
+    frozen: whether the image network keeps its weights.
+    """
+    network, encoder, diffusion, _ = model
+    if frozen:
         network.requires_grad_(False)
         for parameter in network.motion_parameters():
             parameter.requires_grad_(True)
-    checkpoint = options.out / f"training_films_{options.size}.safetensors"
     steps = train(
         network.train(),
         diffusion,
-        make_loader(Films(films), options.batch_size),
+        make_loader(Films(films), batch_size),
         encoder.train(),
-        minutes=options.minutes,
+        minutes=minutes,
         steps=None,
         checkpoint=checkpoint,
         keep=1,
-        save_seconds=min(30, 3 * options.minutes),
+        save_seconds=min(30, 3 * minutes),
         **TRAINING,
     )
     for _ in track_progress(steps, description="training on films"):
@@ -141,9 +153,7 @@ def train_model_of_films(options, model: Model, films) -> Model:
     load_ema_weights(network, encoder, diffusion, saved)
     network.eval()
     encoder.eval()
-    training = {"steps": saved["index"], "frames": options.frames}
-    save_model(options.out / "weights", options.size, model, training)
-    return model
+    return saved["index"]
 
 
 def write_films(path: Path, model: Model, size: int, frames: int) -> None:
