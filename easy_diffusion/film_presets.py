@@ -3,6 +3,9 @@
     inflate_model       adds motion modules to a model of images, and the names of motions
     Films               a dataset of films in the order of axes that networks take
     generate_films      names → films
+    complete_film       generates the frames that are not given: from an image to a film, or more
+                        frames in between
+    windowed            a denoiser for films that are longer than those of the training
 
 >>> from .presets import build_networks
 >>> model = Model(*build_networks("番茄汤"), autoencoder=None)       # random weights
@@ -16,9 +19,13 @@ import torch
 
 from datasets.dish_films import FRAMES, MOTIONS
 
+from .diffusion.prediction import Prediction
 from .diffusion.samplers import ddim
 from .generate import guided_denoiser, to_images
+from .images import to_uint8
+from .inpainting.repaint import repaint_sampling
 from .networks.motion import VideoUNet
+from .presets import REPAINT
 from .pretrained import Model
 
 MOTION = dict(heads=4, positions="circular")    # of the motion modules
@@ -82,3 +89,71 @@ def generate_films(
     )
     flat = last.x.transpose(1, 2).flatten(0, 1)                     # [B·F, C, h, w]
     return to_images(flat, autoencoder).reshape(len(names), frames, size, size, 3)
+
+
+def complete_film(
+    model: Model,
+    name: str,
+    film: np.ndarray,
+    is_known: np.ndarray,
+    steps: int = 25,
+    guidance: float = 2.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Generate the frames of a film that are not known, by RePaint with a mask of frames.
+
+    With the first frame known it makes a film of an image. With every second one known it
+    generates those in between. The model needs no training for it; it must work on pixels.
+
+    film: uint8 [F, H, W, 3]; what the unknown frames show does not matter.
+    is_known: bool [F].
+
+    Returns uint8 [F, H, W, 3], the known frames unchanged. Raises ValueError for a model of
+    latents, and for numbers of frames that differ.
+    """
+    network, encoder, diffusion, autoencoder = model
+    if autoencoder is not None:
+        raise ValueError("complete_film needs a model of pixels, not one of latents")
+    if len(is_known) != len(film):
+        raise ValueError(f"{len(is_known)} values of is_known do not fit {len(film)} frames")
+    device = next(network.parameters()).device
+    x0 = torch.from_numpy(film).to(device).permute(3, 0, 1, 2)[None] / 127.5 - 1   # [1, 3, F, H, W]
+    unknown = ~torch.from_numpy(is_known).to(device)
+    mask = unknown[None, None, :, None, None].expand(1, 1, *x0.shape[2:])
+    denoise = guided_denoiser(network, encoder, diffusion, [name], guidance)
+    *_, last = repaint_sampling(
+        denoise, diffusion.schedule, x0, mask, steps, **REPAINT,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    generated = to_uint8(last.x[0].transpose(0, 1))                 # [F, H, W, 3]
+    return np.where(is_known[:, None, None, None], film, generated)
+
+
+def windowed(denoise, frames: int, stride: int):
+    """Make a denoiser of long films from one of films of `frames` frames.
+
+    Windows of this length lie `stride` frames apart along the film, the last one at its end. Where
+    they overlap, their predictions are averaged, so that the parts of the film agree (Bar-Tal et
+    al., "MultiDiffusion", 2023, eq. 5, along time).
+
+    denoise: (x_t [B, C, frames, H, W], t) → Prediction.
+
+    The denoiser raises ValueError for a film shorter than a window.
+    """
+    def denoise_long(x_t, t):
+        length = x_t.shape[2]
+        if length < frames:
+            raise ValueError(f"a film of {length} frames is shorter than a window of {frames}")
+        starts = sorted({*range(0, length - frames, stride), length - frames})
+        x0, eps = torch.zeros_like(x_t), torch.zeros_like(x_t)
+        count = torch.zeros(length, device=x_t.device)
+        for start in starts:
+            window = slice(start, start + frames)
+            prediction = denoise(x_t[:, :, window], t)
+            x0[:, :, window] += prediction.x0
+            eps[:, :, window] += prediction.eps
+            count[window] += 1
+        count = count[:, None, None]
+        return Prediction(x0=x0 / count, eps=eps / count)
+
+    return denoise_long

@@ -9,7 +9,14 @@ from PIL import Image
 
 from easy_diffusion import demo, train_motion
 from easy_diffusion.command_line import run_command
-from easy_diffusion.film_presets import Films, generate_films, inflate_model
+from easy_diffusion.diffusion.prediction import Prediction
+from easy_diffusion.film_presets import (
+    Films,
+    complete_film,
+    generate_films,
+    inflate_model,
+    windowed,
+)
 from easy_diffusion.generate import generate_images
 from easy_diffusion.networks.motion import VideoUNet
 from easy_diffusion.pretrained import find_sizes, load_model, save_model
@@ -122,3 +129,48 @@ def test_the_demo_says_what_a_motion_needs(random_weights, more, message, capsys
     with pytest.raises(SystemExit):
         demo.main(["番茄汤", "--motion", "turn", "--weights", str(random_weights), *more])
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+# ------------------------------------------------------------------------- given frames, long films
+
+
+def test_known_frames_stay_and_the_others_are_generated(random_weights):
+    model = inflate_model(load_model(random_weights, 32))
+    film = np.random.default_rng(0).integers(256, size=(4, 32, 32, 3), dtype=np.uint8)
+    is_known = np.array([True, False, True, False])
+    completed = complete_film(model, NAMES[0], film, is_known, steps=6)
+    assert completed.shape == film.shape and completed.dtype == np.uint8
+    assert np.array_equal(completed[is_known], film[is_known])
+    assert not np.array_equal(completed[~is_known], film[~is_known])
+
+
+def test_complete_film_refuses_what_does_not_fit(random_weights):
+    film = np.zeros((2, 32, 32, 3), np.uint8)
+    model = inflate_model(load_model(random_weights, 32))
+    with pytest.raises(ValueError, match="3 values of is_known do not fit 2 frames"):
+        complete_film(model, NAMES[0], film, np.ones(3, bool))
+    with pytest.raises(ValueError, match="not one of latents"):
+        complete_film(load_model(random_weights, 64), NAMES[0], film, np.ones(2, bool))
+
+
+def mean_denoiser(x_t, t):
+    """A denoiser whose prediction depends on all frames of its window."""
+    return Prediction(x0=x_t.mean(dim=2, keepdim=True).expand_as(x_t), eps=2 * x_t)
+
+
+def test_windows_average_where_they_overlap():
+    x_t = torch.arange(6.0)[None, None, :, None, None].expand(2, 3, 6, 4, 4)
+    prediction = windowed(mean_denoiser, frames=4, stride=2)(x_t, None)
+    # The windows 0 … 3 and 2 … 5 have the means 1.5 and 3.5.
+    assert prediction.x0[0, 0, :, 0, 0].tolist() == [1.5, 1.5, 2.5, 2.5, 3.5, 3.5]
+    assert torch.equal(prediction.eps, 2 * x_t)
+
+
+@pytest.mark.parametrize("length, stride", [(4, 1), (7, 3), (9, 4)])
+def test_every_frame_lies_in_a_window(length, stride):
+    x_t = torch.randn(1, 3, length, 4, 4)
+    prediction = windowed(mean_denoiser, frames=4, stride=stride)(x_t, None)
+    torch.testing.assert_close(prediction.eps, 2 * x_t)
+    assert prediction.x0.isfinite().all()
+    with pytest.raises(ValueError, match="3 frames is shorter than a window of 4"):
+        windowed(mean_denoiser, 4, stride)(x_t[:, :, :3], None)

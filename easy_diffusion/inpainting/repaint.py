@@ -93,8 +93,8 @@ def repaint_sampling(
 
     denoise: (x_t, t) → Prediction.
     schedule: the NoiseSchedule of the network.
-    x0: images [B, C, H, W] in [-1, 1], or latents.
-    mask: bool [B or 1, 1, H, W], True = inpaint.
+    x0: images [B, C, H, W] in [-1, 1], latents, or films [B, C, F, H, W].
+    mask: bool [B or 1, 1, H, W], or [B or 1, 1, F, H, W], True = inpaint.
     steps, jump, resamples: see `repaint_levels`.
     generator: torch.Generator of the noise.
 
@@ -103,11 +103,10 @@ def repaint_sampling(
     Raises ValueError for a mask of the wrong shape or dtype.
     Source: Lugmayr et al. 2022, algorithm 1.
     """
-    shapes = [(batch, 1, *x0.shape[2:]) for batch in (1, len(x0))]
-    if mask.dtype != torch.bool or mask.shape not in shapes:
+    shapes = [[batch, 1, *x0.shape[2:]] for batch in (1, len(x0))]
+    if mask.dtype != torch.bool or list(mask.shape) not in shapes:
         raise ValueError(
-            f"for images {list(x0.shape)} the mask must be bool "
-            f"[{len(x0)} or 1, 1, {x0.shape[2]}, {x0.shape[3]}], "
+            f"for images {list(x0.shape)} the mask must be bool {shapes[1]} or {shapes[0]}, "
             f"not {mask.dtype} {list(mask.shape)}"
         )
     timesteps = spaced_timesteps(len(schedule), steps)[::-1]            # level → t
