@@ -7,6 +7,7 @@
     draw_guidance           classifier-free guidance as an extrapolation between two predictions
     draw_repaint            one step of RePaint
     draw_controlnet         a UNet and its ControlNet, with the shapes of their residuals
+    draw_video_unet         a stage of a UNet of films, and the motion module behind it
 
 Each function returns a matplotlib figure. The file needs matplotlib, and torch for `draw_unet` and
 `draw_controlnet`.
@@ -270,10 +271,10 @@ def draw_controlnet(controlnet, size: int, context=None, mask=None):
 
     step = 1.3
     rows = len(residuals)
-    d = Diagram(20, step * rows + 2.6)
+    d = Diagram(20, step * rows + 1.6)
     stages = ["first convolution", *(f"stage {i} of the way down" for i in range(1, rows - 1))]
     stages.append("middle")
-    top = step * rows + 0.6
+    top = step * rows - 0.4
     noisy = d.box(4.4, top + 1.2, f"$x_t$\n{list(x.shape[1:])}", DATA, 3.0)
     hint = d.box(12.6, top + 1.2, "hint encoder,\nlast layer zero", RESULT, 3.2)
     image = d.box(17.4, top + 1.2, f"control\n{list(control.shape[1:])}", DATA, 3.0)
@@ -291,4 +292,35 @@ def draw_controlnet(controlnet, size: int, context=None, mask=None):
             d.arrow(start, end)
         above = frozen, copied
     d.arrow(noisy, (12.6 - 2.1, top), color="#888888")
+    return d.figure
+
+
+def draw_video_unet(network, size: int, frames: int):
+    """A stage of a UNet of films, and the motion module behind it, with the shapes of a film.
+
+    network: VideoUNet. size: height and width of the frames.
+    """
+    channels, side = network.channels[0], size // network.patch
+    images = f"[B·{frames}, {channels}, {side}, {side}]"
+    d = Diagram(20, 6.2)
+    film = d.box(1.9, 5.5, f"film $x_t$\n[B, {network.settings['in_channels']}, {frames}, "
+                 f"{size}, {size}]", DATA, 3.2)
+    flat = d.box(6.2, 5.5, f"frames as a batch\n{images}", FIXED, 3.8)
+    stage = d.box(10.8, 5.5, "stage of the UNet\nsees each frame alone", NETWORK, 3.6)
+    motion = d.box(15.2, 5.5, "motion module", RESULT, 3.0)
+    following = d.box(18.6, 5.5, "next stage", NETWORK, 2.2)
+    for a, b in ((film, flat), (flat, stage), (stage, motion), (motion, following)):
+        d.arrow(a, b)
+
+    h = d.box(1.9, 2.6, f"h\n{images}", DATA, 3.2)
+    sequences = d.box(6.2, 2.6, f"one sequence a position\n[B·{side}·{side}, {frames}, "
+                      f"{channels}]", FIXED, 3.8)
+    attention = d.box(10.8, 2.6, "attention of the frames,\nwith their positions", RESULT, 3.6)
+    forward = d.box(14.9, 2.6, "feed-forward", RESULT, 2.6)
+    zero = d.box(18.2, 2.6, "zero layer", RESULT, 2.4)
+    for a, b in ((h, sequences), (sequences, attention), (attention, forward), (forward, zero)):
+        d.arrow(a, b)
+    d.arrow((1.9, 2.1), (18.2, 2.1), "h is added", bend=0.12, color="#cc6633", offset=(0, -1.3))
+    d.arrow((13.8, 5.0), (1.9, 3.1), color="#999999")
+    d.arrow((16.6, 5.0), (19.3, 3.1), color="#999999")
     return d.figure
