@@ -7,6 +7,7 @@ The folders, in reading order:
     training/        the training loop and what surrounds it: data loader, optimizers, checkpoints
     evaluation/      classifiers, also by a diffusion model; Fréchet distance, PSNR, SSIM
     inpainting/      RePaint in pixels and in latents, Stable Diffusion's inpainting model
+    editing/         SDEdit, regional captions, inversion, editing by attention
     animation/       camera moves over an image, written as GIF, WebP or MP4
 
 and the files beside them:

@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "ipynb").glob("*.ipynb"))
 LAYERS = [
     {"diffusion", "networks", "files", "images", "diagrams", "command_line", "datasets"},
     {"training", "evaluation", "latent_space", "animation"},
-    {"inpainting"},
+    {"inpainting", "editing"},
     {"presets", "pretrained", "generate", "dish_classifier", "photo_presets", "notebook",
      "masked_dishes", "film_presets"},
     {
@@ -28,7 +28,9 @@ LAYERS = [
     },
 ]
 STANDALONE = LAYERS[0]                      # these import nothing else from the project
-FOLDERS = {"diffusion", "networks", "training", "inpainting", "animation", "evaluation"}
+FOLDERS = {
+    "diffusion", "networks", "training", "inpainting", "editing", "animation", "evaluation",
+}
 
 
 def module_name(path):
