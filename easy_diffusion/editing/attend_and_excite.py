@@ -59,7 +59,7 @@ def attend_and_excite(
             with torch.enable_grad():
                 moved.requires_grad_()
                 attention = measure_attention(network, partial(denoise, moved, t), tokens)
-                loss = (1 - attention).amax(dim=0).sum()            # over the phrases; of all images
+                loss = (1 - attention).amax(dim=0).sum()    # largest of the phrases, all images
                 gradient, = torch.autograd.grad(loss, moved)
             moved = (moved - step_size * gradient).detach()
         x0 = denoise(moved, t).x0
