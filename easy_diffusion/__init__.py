@@ -31,6 +31,7 @@ and the files beside them:
     film_presets.py     the presets for films, and their sampling
     train_motion.py     the command python -m easy_diffusion.train_motion
     masked_dishes.py    drawn dishes with the masks of the camera moves
+    edit.py             the command python -m easy_diffusion.edit
     classify.py         the command python -m easy_diffusion.classify
     app.py              the local web page: python -m easy_diffusion.app
     app_requests.py     what its buttons do

@@ -16,15 +16,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-from PIL import Image
 from tqdm.auto import tqdm
-
-from datasets.aipos import load_photo
 
 from .command_line import run_command
 from .evaluation.diffusion_classifier import Round, classify, rank
-from .latent_space import make_encoder
+from .generate import load_x0
 from .networks.text_encoder import CharacterEncoder
 from .pretrained import WEIGHTS, find_sizes, load_model
 from .training.distributed import check_gpu
@@ -103,23 +99,6 @@ def choose_known(captions: list[str], encoder: CharacterEncoder) -> list[str]:
         print(f"note: {len(captions) - len(known)} captions left out: the model does not know "
               f"{unknown}", file=sys.stderr)
     return known
-
-
-def load_x0(path: Path, size: int, autoencoder) -> torch.Tensor:
-    """Load the middle square of an image file at the model's size, as x0 [C, H, W].
-
-    x0 is the image in [-1, 1] or, with an autoencoder, its latent. The square is resized, and a
-    note says so if it was smaller.
-    """
-    with Image.open(path) as image:
-        if min(image.size) < size:
-            print(f"note: {path} has {image.width}×{image.height} pixels; it is enlarged to "
-                  f"{size}×{size}, which blurs it", file=sys.stderr)
-    image = torch.from_numpy(load_photo(path, size)).permute(2, 0, 1)   # uint8 [3, size, size]
-    if autoencoder is None:
-        return image / 127.5 - 1
-    mean, _ = make_encoder(autoencoder)(image[None])
-    return mean[0]
 
 
 def print_ranking(path: Path, captions: list[str], rounds: list[Round]) -> None:

@@ -5,9 +5,10 @@ These functions cover what the demo, the page, the notebooks and the benchmarks 
     sample_names           one sample for each name, step by step, with classifier-free guidance
     generate_images        the same with DDIM, only the finished images
     make_held_out_sheet    images of names that the network was not trained on, beside drawn ones
+    load_x0                an image file as what the network works on
     make_model_inpainter   RePaint with the same network (Lugmayr et al., "RePaint", 2022)
 
-Both work on pixels or, if an autoencoder is given, on its latents. Guidance is
+All work on pixels or, if an autoencoder is given, on its latents. Guidance is
 
     eps = eps_uncond + scale · (eps_cond − eps_uncond)      (Ho & Salimans 2022, with scale = 1 + w)
 
@@ -18,13 +19,16 @@ Both work on pixels or, if an autoencoder is given, on its latents. Guidance is
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from datasets.aipos import load_photo
 from datasets.dishes import dish_names, draw_dish
 
 from .diffusion.flow_matching import flow_euler
@@ -34,7 +38,7 @@ from .diffusion.samplers import ddim
 from .images import contact_sheet, to_uint8
 from .inpainting.latent_repaint import make_latent_inpainter
 from .inpainting.repaint import make_inpainter
-from .latent_space import decode_to_uint8
+from .latent_space import decode_to_uint8, make_encoder
 from .networks.autoencoder import Autoencoder
 from .networks.fast_unet import make_fast
 from .presets import REPAINT, SIZE
@@ -131,6 +135,23 @@ def sample_names(
 def to_images(x: torch.Tensor, autoencoder: Autoencoder | None) -> np.ndarray:
     """Convert samples, latents if there is an autoencoder, to images uint8 [B, H, W, 3]."""
     return to_uint8(x) if autoencoder is None else decode_to_uint8(autoencoder, x)
+
+
+def load_x0(path: Path, size: int, autoencoder) -> torch.Tensor:
+    """Load the middle square of an image file at the model's size, as x0 [C, H, W].
+
+    x0 is the image in [-1, 1] or, with an autoencoder, its latent. The square is resized, and a
+    note says so if it was smaller.
+    """
+    with Image.open(path) as image:
+        if min(image.size) < size:
+            print(f"note: {path} has {image.width}×{image.height} pixels; it is enlarged to "
+                  f"{size}×{size}, which blurs it", file=sys.stderr)
+    image = torch.from_numpy(load_photo(path, size)).permute(2, 0, 1)   # uint8 [3, size, size]
+    if autoencoder is None:
+        return image / 127.5 - 1
+    mean, _ = make_encoder(autoencoder)(image[None])
+    return mean[0]
 
 
 def generate_images(

@@ -23,7 +23,7 @@ LAYERS = [
      "masked_dishes", "film_presets"},
     {
         "demo", "demo_options", "train_demo", "train_photos", "train_control", "train_motion",
-        "classify",
+        "classify", "edit",
         "app", "app_requests", "train_model", "train_options", "train_setup",
     },
 ]
