@@ -28,7 +28,7 @@ from easy_diffusion.app_requests import Requests, read_brush
 from easy_diffusion.pretrained import load_model
 
 ROOT = Path(__file__).parents[1]
-WAIT = 120              # seconds until a result must have arrived
+WAIT = 300              # seconds until a result must have arrived
 needs_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="Chromium and its driver are not installed",

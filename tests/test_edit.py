@@ -51,7 +51,7 @@ def test_an_edit_to_the_same_caption_gives_the_source(arguments, random_weights)
     [
         (["--cross", "2"], "--cross"),
         (["--strength", "0"], "--strength"),
-        (["--method", "paint"], "--method"),
+        (["--method", "magic"], "--method"),
     ],
 )
 def test_wrong_options_end_with_a_message(arguments, wrong, message, capsys):
