@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from datasets.dish_controls import parts_control
 from datasets.dish_shapes import INGREDIENTS
 from datasets.dishes import Dishes, attributes, compose, dish_names
-from easy_diffusion import dish_classifier, generate, presets, train_control
+from easy_diffusion import generate, presets, train_control
 from easy_diffusion.animation.camera import uncover
 from easy_diffusion.evaluation.part_segmenter import PartSegmenter, mean_iou, train_segmenter
 from easy_diffusion.inpainting.control_inpainter import make_control_inpainter
@@ -41,7 +41,7 @@ from easy_diffusion.pretrained import WEIGHTS, load_model
 from easy_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 
 from . import animate
-from .fidelity import check_classifier_accuracy, classify_dishes
+from .fidelity import classify_dishes, load_checked_classifier
 from .report import finish
 
 SIZE = 64
@@ -244,11 +244,7 @@ def main():
     print(f"the segmenter finds {pixel_accuracy:.1%} of the pixels of new drawn dishes")
     if pixel_accuracy < MIN_PIXEL_ACCURACY and not quick:
         raise SystemExit(f"below {MIN_PIXEL_ACCURACY:.0%} it cannot measure layouts")
-    classifier = dish_classifier.load_or_train_classifier(
-        SIZE, *((40, out, 1000) if quick else (2800, out))
-    )
-    images, names = dish_classifier.draw_dishes(count, SIZE, "held_out", seed=102)
-    check_classifier_accuracy(classify_dishes(classifier, images, names), quick)
+    classifier, _ = load_checked_classifier(SIZE, out, quick, count)
 
     # Layouts
     controlnet = train_or_load_controlnet(model, "parts", minutes, out, quick)

@@ -30,28 +30,21 @@ from tqdm.auto import tqdm
 
 from datasets.dish_shapes import INGREDIENTS
 from datasets.dishes import WAYS, Dishes, attributes, compose
-from easy_diffusion import dish_classifier, presets
-from easy_diffusion.diffusion.guidance import clipped, guided
-from easy_diffusion.diffusion.samplers import ddim
-from easy_diffusion.editing import (
-    attend_and_excite,
-    ddim_inversion,
-    prompt_to_prompt,
-    regional,
-    sdedit,
-)
+from easy_diffusion import presets
+from easy_diffusion.edit import INVERSION_ITERATIONS, Editor
+from easy_diffusion.editing import attend_and_excite
+from easy_diffusion.evaluation.metrics import psnr
 from easy_diffusion.evaluation.part_segmenter import FIRST_INGREDIENT
 from easy_diffusion.images import to_uint8
-from easy_diffusion.pretrained import WEIGHTS, load_model
+from easy_diffusion.pretrained import WEIGHTS, Model, load_model
 
 from .control import load_or_train_segmenter
-from .fidelity import check_classifier_accuracy, classify_dishes
+from .fidelity import classify_dishes, load_checked_classifier
 from .report import finish
 
 SIZE = 64
 STEPS = 50
 GUIDANCE = 2.0
-ITERATIONS = 3                          # of the inversion
 KEPT = ((0.4, 0.0), (0.8, 0.0), (0.8, 0.4), (1.0, 0.8))     # cross-attention, self-attention
 PRESET = (0.8, 0.4)                     # the defaults of prompt_to_prompt
 STRENGTHS = (0.3, 0.5, 0.7, 0.9)
@@ -67,48 +60,6 @@ def choose_swaps(count: int) -> list[tuple[str, str]]:
         first, old, new = rng.sample(list(INGREDIENTS), 3)
         swaps.append((way.name_with_two.format(first, old), way.name_with_two.format(first, new)))
     return swaps
-
-
-class Editor:
-    """Samples with the model; all images are float [B, 3, SIZE, SIZE] in [-1, 1].
-
-    model: on pixels. steps: of DDIM.
-    """
-
-    def __init__(self, model, steps: int):
-        self.network, self.encoder, self.diffusion, _ = model
-        self.schedule = self.diffusion.schedule
-        self.steps = steps
-
-    def denoiser(self, captions: list[str]):
-        return self.diffusion.denoiser(self.network, *self.encoder(captions))
-
-    def guide(self, denoise, uncond=None):
-        """Guidance against `uncond`, by default the empty caption."""
-        uncond = self.denoiser([""]) if uncond is None else uncond
-        return clipped(guided(denoise, uncond, GUIDANCE), self.schedule)
-
-    @torch.no_grad()
-    def sample(self, denoise, x_T, spacing="uniform"):
-        *_, last = ddim(denoise, self.schedule, steps=self.steps, spacing=spacing, x_T=x_T)
-        return last.x
-
-    @torch.no_grad()
-    def invert(self, x0, name: str, iterations: int = ITERATIONS):
-        *_, last = ddim_inversion(
-            self.denoiser([name]), self.schedule, x0, self.steps, iterations
-        )
-        return last.x
-
-    def swap(self, x_T, source: str, target: str, kept=None):
-        """The image of the target from the source's noise x_T; kept: attention, see KEPT."""
-        as_source = self.denoiser([source])
-        if kept is None:
-            return self.sample(self.guide(self.denoiser([target]), as_source), x_T)
-        both = prompt_to_prompt(
-            self.network, self.diffusion, self.encoder, source, target, *kept
-        )
-        return self.sample(self.guide(both, as_source), x_T.expand(2, -1, -1, -1))[1:]
 
 
 def background_psnr(images, sources, parts, new_parts) -> float:
@@ -137,25 +88,25 @@ def measure_swaps(editor: Editor, classifier, segmenter, swaps) -> tuple[list[di
     parts = torch.from_numpy(np.stack([dish.parts for dish in dishes]))
     x0 = (sources.float() / 127.5 - 1).to(device)
     targets = [target for _, target in swaps]
-    noises, inversions = [], {1: [], ITERATIONS: []}
+    noises, inversions = [], {1: [], INVERSION_ITERATIONS: []}
     for i, (source, _) in enumerate(tqdm(swaps, desc="inversion")):
         for iterations, psnrs in inversions.items():
             noise = editor.invert(x0[i:i + 1], source, iterations)
-            again = to_images(editor.sample(editor.denoiser([source]), noise))
-            error = (again.float() - sources[i:i + 1].float()).square().mean()
-            psnrs.append(float(10 * torch.log10(255 ** 2 / error)))
+            again = to_images(editor.sample(editor.denoiser([source]), noise, "uniform"))
+            psnrs.append(float(psnr(again, sources[i:i + 1])))
         noises.append(noise)
 
     methods = {"the caption alone": None} | {f"attention {a} / {b}": (a, b) for a, b in KEPT}
     results = {
         name: torch.cat([
-            editor.swap(noises[i], *swap, kept) for i, swap in enumerate(tqdm(swaps, desc=name))
+            editor.swap_inverted(noise, *swap, kept)
+            for noise, swap in zip(noises, tqdm(swaps, desc=name))
         ])
         for name, kept in methods.items()
     }
     for strength in STRENGTHS:
         results[f"SDEdit {strength}"] = torch.cat([
-            run_sdedit(editor, x0[i:i + BATCH], targets[i:i + BATCH], strength)
+            editor.sdedit(x0[i:i + BATCH], targets[i:i + BATCH], strength)
             for i in range(0, len(x0), BATCH)
         ])
     rows = []
@@ -174,30 +125,17 @@ def measure_swaps(editor: Editor, classifier, segmenter, swaps) -> tuple[list[di
     return rows, inverted
 
 
-def run_sdedit(editor: Editor, x0, targets: list[str], strength: float):
-    denoise = editor.guide(editor.denoiser(targets))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        *_, last = sdedit(denoise, editor.schedule, x0, strength, editor.steps,
-                          generator=generator)
-    return last.x
-
-
 def measure_regions(editor: Editor, segmenter, count: int) -> float:
     """The fraction of samples in which each ingredient lies in its half of the image."""
     rng = random.Random(1)
     device = presets.default_device()
-    masks = torch.zeros(2, 1, SIZE, SIZE)
-    masks[0, ..., :SIZE // 2] = masks[1, ..., SIZE // 2:] = 1
     correct = 0
     for i in tqdm(range(count), desc="regions"):
         way = WAYS[list(WAYS)[i % len(WAYS)]]
         pair = rng.sample(list(INGREDIENTS), 2)
-        denoise = regional([
-            editor.guide(editor.denoiser([way.name_with_one.format(each)])) for each in pair
-        ], masks)
+        captions = [way.name_with_one.format(each) for each in pair]
         noise = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(i))
-        image = to_images(editor.sample(denoise, noise.to(device), "trailing"))
+        image = to_images(editor.left_and_right(*captions, noise.to(device)))
         labels = segmenter.segment(image)[0]
         counts = []                             # pixels of each ingredient in the left and right
         for half in (labels[:, :SIZE // 2], labels[:, SIZE // 2:]):
@@ -222,7 +160,7 @@ def measure_attend(editor: Editor, classifier, names: list[str]) -> list[dict]:
                     attributes(name).ingredients,
                 )
             noise = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(i))
-            images.append(editor.sample(editor.guide(denoise), noise.to(device), "trailing"))
+            images.append(editor.sample(editor.guide(denoise), noise.to(device)))
         accuracy = classify_dishes(classifier, to_images(torch.cat(images)), names)
         rows.append({"Attend-and-Excite": excited, "accuracy": accuracy})
     return rows
@@ -256,14 +194,10 @@ def main():
 
     # What measures
     segmenter = load_or_train_segmenter(out, *((200, 20) if quick else (20_000, 1500)))
-    classifier = dish_classifier.load_or_train_classifier(
-        SIZE, *((40, out, 1000) if quick else (2800, out))
-    )
-    images, names = dish_classifier.draw_dishes(4 * count, SIZE, "held_out", seed=102)
-    check_classifier_accuracy(classify_dishes(classifier, images, names), quick)
+    classifier, _ = load_checked_classifier(SIZE, out, quick, 4 * count)
 
     # With the trained model
-    editor = Editor(load_model(WEIGHTS, SIZE), steps)
+    editor = Editor(load_model(WEIGHTS, SIZE), steps, GUIDANCE)
     rows, inverted = measure_swaps(editor, classifier, segmenter, choose_swaps(count))
     regional_accuracy = measure_regions(editor, segmenter, count)
 
@@ -274,10 +208,12 @@ def main():
     presets.train_or_load(
         *networks, dishes, out / "five_minutes.safetensors", 0.05 if quick else 5.0
     )
-    names = [name for name in names if len(attributes(name).ingredients) == 2][:count]
+    held_out = Dishes(count, SIZE, "held_out", seed=102)        # all of two ingredients
+    names = [held_out.choose(i)[0] for i in range(count)]
     for network in networks[:2]:
         network.eval().to(presets.default_device())
-    attended = measure_attend(Editor((*networks, None), steps // 2), classifier, names)
+    young = Editor(Model(*networks, None), steps // 2, GUIDANCE)
+    attended = measure_attend(young, classifier, names)
 
     preset = rows[1 + KEPT.index(PRESET)]
     claims = {

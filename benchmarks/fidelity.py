@@ -51,6 +51,22 @@ def check_classifier_accuracy(accuracy: float, quick: bool) -> None:
         )
 
 
+def load_checked_classifier(
+    size: int, out: Path, quick: bool, count: int, steps: int = 2800
+) -> tuple[AttributeClassifier, float]:
+    """Load the attribute classifier from `out`, or train it: (it, its accuracy, checked).
+
+    count: held-out drawn dishes that it is checked with.
+    steps: of its training; a quick run takes 40.
+    """
+    training = (40, out, 1000) if quick else (steps, out)
+    classifier = dish_classifier.load_or_train_classifier(size, *training)
+    images, names = dish_classifier.draw_dishes(count, size, "held_out", 102)
+    accuracy = classify_dishes(classifier, images, names)
+    check_classifier_accuracy(accuracy, quick)
+    return classifier, accuracy
+
+
 def measure_fidelity(
     classifier: AttributeClassifier,
     network,
@@ -116,13 +132,9 @@ def main():
     # Data and classifier
     dish_count = 2000 if quick else presets.DISHES
     store = presets.prepare_dishes(options.out / f"dishes_{size}", dish_count, size)
-    if quick:
-        classifier = dish_classifier.load_or_train_classifier(size, 40, options.out, 1000)
-    else:
-        classifier = dish_classifier.load_or_train_classifier(size, 2600, options.out)
-    test_dishes = dish_classifier.draw_dishes(200 if quick else 2000, size, "held_out", 102)
-    accuracy = classify_dishes(classifier, *test_dishes)
-    check_classifier_accuracy(accuracy, quick)
+    classifier, accuracy = load_checked_classifier(
+        size, options.out, quick, 200 if quick else 2000, steps=2600
+    )
 
     # Diffusion network
     names = {

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from datasets.dish_films import FRAMES, MOTIONS, DishFilms, draw_film, film_names, split_film_name
 from datasets.dishes import attributes
-from easy_diffusion import dish_classifier, train_motion
+from easy_diffusion import train_motion
 from easy_diffusion.evaluation.film_metrics import (
     MotionClassifier,
     loop_seam_ratio,
@@ -42,7 +42,7 @@ from easy_diffusion.pretrained import WEIGHTS, load_model
 from easy_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from easy_diffusion.training.distributed import default_device
 
-from .fidelity import check_classifier_accuracy, classify_dishes
+from .fidelity import load_checked_classifier
 from .report import finish
 
 SIZE = 64
@@ -173,11 +173,7 @@ def main():
     count, steps = (5, 2) if quick else (100, 25)
 
     # What measures
-    classifier = dish_classifier.load_or_train_classifier(
-        SIZE, *((40, out, 1000) if quick else (2800, out))
-    )
-    images, names = dish_classifier.draw_dishes(4 * count, SIZE, "held_out", seed=102)
-    check_classifier_accuracy(classify_dishes(classifier, images, names), quick)
+    classifier, _ = load_checked_classifier(SIZE, out, quick, 4 * count)
     motions = load_or_train_motion_classifier(out, *((30, 5) if quick else (3000, 600)))
     names = choose_names("held_out", count)
     drawn = [torch.from_numpy(draw_film(name, SIZE, 9000 + i).frames)

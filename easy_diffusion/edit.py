@@ -21,6 +21,7 @@ The files in --out are
 import argparse
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from .diffusion.prediction import normal_noise
 from .diffusion.samplers import ddim
 from .editing import ddim_inversion, prompt_to_prompt, regional, sdedit
 from .files import write_atomically
-from .generate import load_x0, to_images
+from .generate import load_x0, sample_shape, to_images
 from .images import contact_sheet, encode_png, load_chinese_font
 from .pretrained import WEIGHTS, Model, find_sizes, load_model
 from .training.distributed import check_gpu
@@ -122,66 +123,109 @@ def main(arguments=None) -> int:
     return 0
 
 
-@torch.no_grad()
-def edit(options, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (source, result), images [1, 3, H, W] in [-1, 1], or latents [1, Z, h, w]."""
-    network, encoder, diffusion, autoencoder = model
-    device = network.conv_in.weight.device
-    schedule = diffusion.schedule
+class Editor:
+    """The methods with one model; x are images [B, 3, H, W] in [-1, 1], or latents [B, Z, h, w].
 
-    def make_denoiser(caption):
-        return diffusion.denoiser(network, *encoder([caption]))
+    steps: of DDIM. guidance: scale of classifier-free guidance.
+    progress: wraps the steps of a sampler, for example tqdm.
+    """
 
-    def guide(denoise, uncond):
-        denoise = guided(denoise, uncond, options.guidance)
-        return denoise if autoencoder is not None else clipped(denoise, schedule)
+    def __init__(self, model: Model, steps: int, guidance: float, progress=iter):
+        self.network, self.encoder, self.diffusion, self.autoencoder = model
+        self.schedule = self.diffusion.schedule
+        self.steps = steps
+        self.guidance = guidance
+        self.progress = progress
 
-    def run(sampling):
-        *_, last = tqdm(sampling, desc=options.to, unit="step", leave=False)
+    def denoiser(self, captions: list[str]):
+        return self.diffusion.denoiser(self.network, *self.encoder(captions))
+
+    def guide(self, denoise, uncond=None):
+        """Guidance against the denoiser `uncond`, by default that of the empty caption."""
+        uncond = self.denoiser([""]) if uncond is None else uncond
+        denoise = guided(denoise, uncond, self.guidance)
+        return denoise if self.autoencoder is not None else clipped(denoise, self.schedule)
+
+    @torch.no_grad()
+    def run(self, sampling):
+        *_, last = self.progress(sampling)
         return last.x
 
-    if options.image:
-        source = load_x0(options.image, options.size, autoencoder)[None].to(device)
-        shape = source.shape
-    else:
-        channels, side = network.settings["in_channels"], options.size
-        if autoencoder is not None:
-            side = options.size // autoencoder.factor
-        shape = (1, channels, side, side)
-    noise = normal_noise(shape, torch.Generator().manual_seed(options.seed), device)
-    plain = guide(make_denoiser(options.caption), make_denoiser(""))
-    if not options.image:
-        source = run(ddim(plain, schedule, steps=options.steps, x_T=noise))
-
-    if options.method == "sdedit":
-        denoise = guide(make_denoiser(options.to), make_denoiser(""))
-        generator = torch.Generator().manual_seed(options.seed)
-        return source, run(
-            sdedit(denoise, schedule, source, options.strength, options.steps, generator=generator)
+    def sample(self, denoise, x_T, spacing="trailing"):
+        return self.run(
+            ddim(denoise, self.schedule, steps=self.steps, spacing=spacing, x_T=x_T)
         )
-    if options.method == "regional":
-        masks = torch.zeros(2, 1, *shape[2:], device=device)
-        masks[0, ..., :shape[3] // 2] = masks[1, ..., shape[3] // 2:] = 1
-        denoise = regional([plain, guide(make_denoiser(options.to), make_denoiser(""))], masks)
-        return source, run(ddim(denoise, schedule, steps=options.steps, x_T=noise))
 
-    both = prompt_to_prompt(
-        network, diffusion, encoder, options.caption, options.to, options.cross,
-        options.self_attention,
-    )
-    if not options.image:
-        denoise = guide(both, make_denoiser(""))
-        x = run(ddim(denoise, schedule, steps=options.steps, x_T=noise.expand(2, -1, -1, -1)))
-        return x[:1], x[1:]
-    # From the inverted noise the source's caption alone leads back to the image. It therefore takes
-    # the place of the unconditional caption.
-    inversion = ddim_inversion(
-        make_denoiser(options.caption), schedule, source, options.steps, INVERSION_ITERATIONS
-    )
-    x_T = run(inversion).expand(2, -1, -1, -1)
-    denoise = guide(both, make_denoiser(options.caption))
-    x = run(ddim(denoise, schedule, steps=options.steps, spacing="uniform", x_T=x_T))
-    return source, x[1:]
+    def sdedit(self, x0, captions: list[str], strength: float, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        denoise = self.guide(self.denoiser(captions))
+        return self.run(
+            sdedit(denoise, self.schedule, x0, strength, self.steps, generator=generator)
+        )
+
+    def left_and_right(self, left: str, right: str, x_T):
+        """Sample the left half of the image with one caption, the right half with another."""
+        width = x_T.shape[3]
+        masks = torch.zeros(2, 1, *x_T.shape[2:], device=x_T.device)
+        masks[0, ..., :width // 2] = masks[1, ..., width // 2:] = 1
+        denoisers = [self.guide(self.denoiser([caption])) for caption in (left, right)]
+        return self.sample(regional(denoisers, masks), x_T)
+
+    def invert(self, x0, caption: str, iterations: int = INVERSION_ITERATIONS):
+        """The noise x_T of x0, for `sample` with spacing="uniform" and `swap_inverted`."""
+        return self.run(ddim_inversion(
+            self.denoiser([caption]), self.schedule, x0, self.steps, iterations
+        ))
+
+    def keep_attention(self, source: str, target: str, cross: float, self_attention: float):
+        return prompt_to_prompt(
+            self.network, self.diffusion, self.encoder, source, target, cross, self_attention
+        )
+
+    def swap(self, x_T, source: str, target: str, kept: tuple[float, float]):
+        """Sample the source and, with its layout, the target from x_T [1, C, H, W]: [2, C, H, W].
+
+        kept: fractions of the timesteps that keep cross-attention and self-attention.
+        """
+        denoise = self.guide(self.keep_attention(source, target, *kept))
+        return self.sample(denoise, x_T.expand(2, -1, -1, -1))
+
+    def swap_inverted(self, x_T, source: str, target: str, kept: tuple[float, float] | None):
+        """Sample the target from the inverted noise of the source; kept: see `swap`, or None.
+
+        From this noise the source's caption alone leads back to the image. It therefore takes the
+        place of the unconditional caption.
+        """
+        as_source = self.denoiser([source])
+        if kept is None:
+            denoise = self.guide(self.denoiser([target]), as_source)
+            return self.sample(denoise, x_T, "uniform")
+        denoise = self.guide(self.keep_attention(source, target, *kept), as_source)
+        return self.sample(denoise, x_T.expand(2, -1, -1, -1), "uniform")[1:]
+
+
+@torch.no_grad()
+def edit(options, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (source, result), x of `Editor` with B = 1."""
+    bar = partial(tqdm, desc=options.to, unit="step", leave=False)
+    editor = Editor(model, options.steps, options.guidance, bar)
+    device = model.network.conv_in.weight.device
+    shape = (1, *sample_shape(options.size, model.autoencoder))
+    noise = normal_noise(shape, torch.Generator().manual_seed(options.seed), device)
+    kept = options.cross, options.self_attention
+
+    if options.method == "attention" and not options.image:
+        return editor.swap(noise, options.caption, options.to, kept).split(1)
+    if options.image:
+        source = load_x0(options.image, options.size, model.autoencoder)[None].to(device)
+    else:
+        source = editor.sample(editor.guide(editor.denoiser([options.caption])), noise)
+    if options.method == "sdedit":
+        return source, editor.sdedit(source, [options.to], options.strength, options.seed)
+    if options.method == "regional":
+        return source, editor.left_and_right(options.caption, options.to, noise)
+    x_T = editor.invert(source, options.caption)
+    return source, editor.swap_inverted(x_T, options.caption, options.to, kept)
 
 
 if __name__ == "__main__":

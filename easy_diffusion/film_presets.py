@@ -21,7 +21,7 @@ from datasets.dish_films import FRAMES, MOTIONS
 
 from .diffusion.prediction import Prediction
 from .diffusion.samplers import ddim
-from .generate import guided_denoiser, to_images
+from .generate import guided_denoiser, sample_shape, to_images
 from .images import to_uint8
 from .inpainting.repaint import repaint_sampling
 from .networks.motion import VideoUNet
@@ -73,16 +73,14 @@ def generate_films(
     seed: of the first film; the next ones have seed + 1, seed + 2, …
     """
     network, encoder, diffusion, autoencoder = model
-    channels, side = network.settings["in_channels"], size
-    if autoencoder is not None:
-        side = size // autoencoder.factor
+    channels, height, width = sample_shape(size, autoencoder)
     denoise = guided_denoiser(
         network, encoder, diffusion, names, guidance, clip=autoencoder is None
     )
     *_, last = ddim(
         denoise,
         diffusion.schedule,
-        shape=(len(names), channels, frames, side, side),
+        shape=(len(names), channels, frames, height, width),
         steps=steps,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(len(names))],
         device=next(network.parameters()).device,

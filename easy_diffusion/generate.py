@@ -109,12 +109,6 @@ def sample_names(
     autoencoder: decodes the samples if the network was trained on latents.
     sampler: of samplers.py; a network that was trained by flow matching uses Euler's method.
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = 3
-    if autoencoder is not None:
-        channels = autoencoder.settings["latent_channels"]
-        height = height // autoencoder.factor
-        width = width // autoencoder.factor
     seeds = range(seed, seed + len(names)) if isinstance(seed, int) else seed
     if len(seeds) != len(names):
         raise ValueError(f"{len(seeds)} seeds do not fit {len(names)} names")
@@ -122,7 +116,7 @@ def sample_names(
         network, encoder, diffusion, names, guidance, clip=autoencoder is None
     )
     options = dict(
-        shape=(len(names), channels, height, width),
+        shape=(len(names), *sample_shape(size, autoencoder)),
         steps=steps,
         generator=[torch.Generator().manual_seed(each) for each in seeds],
         device=next(network.parameters()).device,
@@ -130,6 +124,17 @@ def sample_names(
     if diffusion.prediction_type == "velocity":
         return flow_euler(denoise, **options)
     return sampler(denoise, diffusion.schedule, **options)
+
+
+def sample_shape(
+    size: int | tuple[int, int], autoencoder: Autoencoder | None
+) -> tuple[int, int, int]:
+    """Shape (C, H, W) of a sample for images of this size: of the latent with an autoencoder."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if autoencoder is None:
+        return 3, height, width
+    factor = autoencoder.factor
+    return autoencoder.settings["latent_channels"], height // factor, width // factor
 
 
 def to_images(x: torch.Tensor, autoencoder: Autoencoder | None) -> np.ndarray:

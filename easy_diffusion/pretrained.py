@@ -149,3 +149,14 @@ def load_model(folder=WEIGHTS, size: int | None = None, films: bool = False) -> 
         if module is not None:
             module.eval().to(default_device())
     return Model(network, encoder, diffusion, autoencoder)
+
+
+def load_pixel_model(folder, size: int) -> Model:
+    """`load_model`, for commands that need a model of pixels; ValueError for one of latents."""
+    model = load_model(folder, size)
+    if model.autoencoder is not None:
+        raise ValueError(
+            f"the model of {size} pixels in {folder} works on latents; "
+            "this command needs one that works on pixels, such as --size 64"
+        )
+    return model

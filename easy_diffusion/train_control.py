@@ -41,13 +41,11 @@ from .networks.controlnet import (
     ControlTraining,
     save_controlnet,
 )
-from .presets import DISHES, SIZE, TRAINING, default_batch_size
-from .pretrained import WEIGHTS, Model, load_model
+from .presets import DISHES, SIZE, default_batch_size, train_demo
+from .pretrained import WEIGHTS, Model, load_pixel_model
 from .training.checkpoint import load_checkpoint, load_ema_weights
-from .training.data_loader import make_loader
 from .training.distributed import check_gpu
 from .training.progress import track_progress
-from .training.trainer import train
 
 INPAINT = "inpaint"
 CAPTION_DROPOUT = 0.5
@@ -103,12 +101,7 @@ def main(arguments=None) -> int:
     check_gpu()
     check_writable(options.out)
     load_chinese_font(12)       # raises here, rather than after the training, if there is no font
-    model = load_model(options.weights, options.size)
-    if model.autoencoder is not None:
-        raise ValueError(
-            f"the model of {options.size} pixels in {options.weights} works on latents; "
-            "this command needs one that works on pixels, such as --size 64"
-        )
+    model = load_pixel_model(options.weights, options.size)
     name = f"{options.control}_{options.size}"
     controlnet = train_controlnet(options, model, options.out / f"training_{name}.safetensors")
     path = options.out / f"controlnet_{name}.safetensors"
@@ -127,18 +120,15 @@ def train_controlnet(options, model: Model, checkpoint: Path) -> ControlNet:
     controlnet = ControlNet.from_unet(model.network, channels)
     network = ControlTraining(model.network, controlnet)
     dataset = make_dataset(options.control, options.dishes, options.size)
-    steps = train(
+    steps = train_demo(
         network,
-        model.diffusion,
-        make_loader(dataset, options.batch_size),
         model.encoder.requires_grad_(False),
-        minutes=options.minutes,
-        steps=None,
-        checkpoint=checkpoint,
-        keep=1,
-        save_seconds=min(30, 3 * options.minutes),
+        model.diffusion,
+        dataset,
+        checkpoint,
+        options.minutes,
+        options.batch_size,
         caption_dropout=CAPTION_DROPOUT,
-        **TRAINING,
     )
     for _ in track_progress(steps, description=f"training the ControlNet of {options.control}"):
         pass

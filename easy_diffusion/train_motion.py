@@ -32,13 +32,11 @@ from .command_line import check_ranges, check_writable, run_command
 from .demo_options import check_size
 from .film_presets import BATCH, FPS, GPU_BATCH, Films, generate_films, inflate_model
 from .images import load_chinese_font
-from .presets import SIZE, TRAINING, prepare_dishes
-from .pretrained import WEIGHTS, Model, load_model, save_model
+from .presets import SIZE, prepare_dishes, train_demo
+from .pretrained import WEIGHTS, Model, load_pixel_model, save_model
 from .training.checkpoint import load_checkpoint, load_ema_weights
-from .training.data_loader import make_loader
 from .training.distributed import check_gpu
 from .training.progress import track_progress
-from .training.trainer import train
 
 SHOWN = 4                       # held-out dishes on the sheet, for each motion
 STEPS = 25                      # of the sampler
@@ -96,12 +94,7 @@ def main(arguments=None) -> int:
     check_gpu()
     check_writable(options.out)
     load_chinese_font(12)       # raises here, rather than after the training, if there is no font
-    model = load_model(options.weights, options.size)
-    if model.autoencoder is not None:
-        raise ValueError(
-            f"the model of {options.size} pixels in {options.weights} works on latents; "
-            "this command needs one that works on pixels, such as --size 64"
-        )
+    model = load_pixel_model(options.weights, options.size)
     films = prepare_dishes(
         options.out / f"films_{options.size}", options.films, options.size,
         partial(DishFilms, frames=options.frames),
@@ -135,17 +128,8 @@ def train_on_films(
         network.requires_grad_(False)
         for parameter in network.motion_parameters():
             parameter.requires_grad_(True)
-    steps = train(
-        network.train(),
-        diffusion,
-        make_loader(Films(films), batch_size),
-        encoder.train(),
-        minutes=minutes,
-        steps=None,
-        checkpoint=checkpoint,
-        keep=1,
-        save_seconds=min(30, 3 * minutes),
-        **TRAINING,
+    steps = train_demo(
+        network.train(), encoder.train(), diffusion, Films(films), checkpoint, minutes, batch_size
     )
     for _ in track_progress(steps, description="training on films"):
         pass

@@ -145,31 +145,45 @@ def train_attribute_classifier(
     Raises ValueError if the loader yields no batch.
     """
     device = classifier.head.weight.device
-    optimizer = torch.optim.AdamW(classifier.parameters(), learning_rate, weight_decay=0.02)
+
+    def compute_loss(images, names):
+        # The targets: which ingredients are present, and the index of the way of cooking.
+        dishes = [attributes(name) for name in names]
+        is_present = torch.tensor([
+            [float(ingredient in dish[0]) for ingredient in classifier.ingredients]
+            for dish in dishes
+        ])                                                                  # [B, I]
+        way_indices = torch.tensor([classifier.ways.index(dish[1]) for dish in dishes])
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            ingredient_logits, way_logits = classifier(augment(images.to(device)))
+        ingredient_losses = F.binary_cross_entropy_with_logits(
+            ingredient_logits.float(), is_present.to(device), reduction="none"
+        )                                                                   # [B, I]
+        way_loss = F.cross_entropy(way_logits.float(), way_indices.to(device))
+        return ingredient_losses.sum(dim=1).mean() + way_loss
+
+    return train_with_loss(classifier, loader, compute_loss, steps, learning_rate)
+
+
+def train_with_loss(
+    network: nn.Module, loader, compute_loss: Callable, steps: int, learning_rate: float
+) -> Iterator[float]:
+    """Train a network and yield the loss of each step; AdamW with a one-cycle learning rate.
+
+    loader: batches, iterated over repeatedly. compute_loss: (*batch) → the loss.
+    learning_rate: the peak rate.
+
+    Raises ValueError if the loader yields no batch.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
     step = 0
     while step < steps:
         epoch_start = step
-        for images, names in loader:
-            # The targets: which ingredients are present, and the index of the way of cooking.
-            dishes = [attributes(name) for name in names]
-            is_present = torch.tensor([
-                [float(ingredient in dish[0]) for ingredient in classifier.ingredients]
-                for dish in dishes
-            ])                                                              # [B, I]
-            way_indices = torch.tensor([classifier.ways.index(dish[1]) for dish in dishes])
-
-            # The loss.
-            classifier.train()
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                ingredient_logits, way_logits = classifier(augment(images.to(device)))
-            ingredient_losses = F.binary_cross_entropy_with_logits(
-                ingredient_logits.float(), is_present.to(device), reduction="none"
-            )                                                               # [B, I]
-            way_loss = F.cross_entropy(way_logits.float(), way_indices.to(device))
-            loss = ingredient_losses.sum(dim=1).mean() + way_loss
-
-            # The optimizer step.
+        for batch in loader:
+            network.train()
+            loss = compute_loss(*batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

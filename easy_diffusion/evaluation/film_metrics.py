@@ -9,7 +9,8 @@
                          the first one, beside that between neighbours. It is about 1 for a loop
                          whose motion is even, such as that of a turning plate.
 
-Films are uint8 [B, F, 3, H, W]. The file needs torch.
+Films are uint8 [B, F, 3, H, W]. The file needs torch and, beside it,
+attribute_classifier.py.
 
 >>> films = torch.randint(256, (2, 8, 3, 32, 32), dtype=torch.uint8)
 >>> classifier = MotionClassifier(["turn", "still"])
@@ -23,6 +24,8 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .attribute_classifier import train_with_loss
 
 BATCH_SIZE = 32                         # films that are classified at once
 ANGLES = 360                            # samples of a circle, one for each degree
@@ -81,29 +84,15 @@ def train_motion_classifier(
     Raises ValueError if the loader yields no batch.
     """
     device = classifier.head.weight.device
-    optimizer = torch.optim.AdamW(classifier.parameters(), learning_rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
-    step = 0
-    while step < steps:
-        epoch_start = step
-        for films, motions in loader:
-            labels = torch.tensor([classifier.motions.index(motion) for motion in motions])
-            films = films.to(device).float()
-            std = 10 * torch.rand(len(films), 1, 1, 1, 1, device=device)
-            std = std * (torch.rand_like(std) < 0.5)
-            classifier.train()
-            logits = classifier(films + std * torch.randn_like(films))
-            loss = F.cross_entropy(logits, labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            yield loss.item()
-            step += 1
-            if step == steps:
-                return
-        if step == epoch_start:
-            raise ValueError("the loader yields no batch")
+
+    def compute_loss(films, motions):
+        labels = torch.tensor([classifier.motions.index(motion) for motion in motions])
+        films = films.to(device).float()
+        std = 10 * torch.rand(len(films), 1, 1, 1, 1, device=device)
+        std = std * (torch.rand_like(std) < 0.5)
+        return F.cross_entropy(classifier(films + std * torch.randn_like(films)), labels.to(device))
+
+    return train_with_loss(classifier, loader, compute_loss, steps, learning_rate)
 
 
 # ------------------------------------------------------------------ rotation

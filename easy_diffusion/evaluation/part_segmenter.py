@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attribute_classifier import augment
+from .attribute_classifier import augment, train_with_loss
 
 BATCH_SIZE = 50                         # images that are segmented at once
 TABLETOP, VESSEL, FIRST_INGREDIENT = 0, 1, 2
@@ -114,22 +114,8 @@ def train_segmenter(
     Raises ValueError if the loader yields no batch.
     """
     device = segmenter.head.weight.device
-    optimizer = torch.optim.AdamW(segmenter.parameters(), learning_rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
-    step = 0
-    while step < steps:
-        epoch_start = step
-        for images, labels in loader:
-            segmenter.train()
-            logits = segmenter(augment(images.to(device)))
-            loss = F.cross_entropy(logits, labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            yield loss.item()
-            step += 1
-            if step == steps:
-                return
-        if step == epoch_start:
-            raise ValueError("the loader yields no batch")
+
+    def compute_loss(images, labels):
+        return F.cross_entropy(segmenter(augment(images.to(device))), labels.to(device))
+
+    return train_with_loss(segmenter, loader, compute_loss, steps, learning_rate)

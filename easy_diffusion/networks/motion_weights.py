@@ -42,10 +42,13 @@ MODULE = [
     ("feed_forward.out", "transformer_blocks.0.ff.net.2"),
     ("proj_out", "proj_out"),
 ]
-for i in (0, 1):
-    for ours, theirs in (("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"),
-                         ("to_out", "to_out.0")):
-        MODULE.append((f"attentions.{i}.{ours}", f"transformer_blocks.0.attn{i + 1}.{theirs}"))
+MODULE += [
+    (f"attentions.{i}.{ours}", f"transformer_blocks.0.attn{i + 1}.{theirs}")
+    for i in (0, 1)
+    for ours, theirs in (
+        ("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")
+    )
+]
 
 
 def map_motion_names(video: VideoUNet) -> dict[str, str]:
