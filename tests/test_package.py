@@ -153,19 +153,27 @@ def test_a_notebook_imports_from_the_package_and_the_datasets_alone(path):
 
 # ---------------------------------------------------------------- copying out
 
-EXAMPLE = """
+EXAMPLES = """
 import doctest, importlib, sys
+failures = []
 for name in sys.argv[1:]:
-    result = doctest.testmod(importlib.import_module(name))
-    assert result.attempted > 0, f"{name} has no example"
-    assert result.failed == 0, f"{name}: {result.failed} lines of its example fail"
+    try:
+        result = doctest.testmod(importlib.import_module(name))
+    except Exception as error:
+        failures.append(f"{name} cannot be imported: {error}")
+        continue
+    if result.attempted == 0:
+        failures.append(f"{name} has no example")
+    if result.failed:
+        failures.append(f"{name}: {result.failed} lines of its example fail")
+sys.exit("\\n".join(failures) or 0)
 """
 
 
 def run_examples(modules, folder):
-    """Import modules in a folder and run their docstrings' examples."""
+    """Import modules in a folder and run their docstrings' examples, all in one process."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", EXAMPLE, *modules],
+        [sys.executable, "-W", "ignore", "-c", EXAMPLES, *modules],
         cwd=folder, capture_output=True, text=True, timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -177,34 +185,36 @@ def named_files(path):
     return {path.with_name(word) for word in words if path.with_name(word).exists()}
 
 
-SINGLE_FILES = [
-    name for name, path in MODULES.items()
-    if subject(name) in STANDALONE and path.stem != "__init__"
-]
+def test_each_file_copies_out_with_the_siblings_that_its_docstring_names(tmp_path):
+    """Each into a folder of its own, in which it finds nothing else of the project."""
+    modules = []
+    for path in MODULES.values():
+        if subject(module_name(path)) not in STANDALONE or path.stem == "__init__":
+            continue
+        folder = tmp_path / f"copy_of_{path.stem}"
+        folder.mkdir()
+        for file in {path} | named_files(path):
+            shutil.copy(file, folder)
+        modules.append(f"{folder.name}.{path.stem}")
+    run_examples(modules, tmp_path)
 
 
-@pytest.mark.parametrize("module", SINGLE_FILES)
-def test_a_file_copies_out_with_the_siblings_that_its_docstring_names(module, tmp_path):
-    path = MODULES[module]
-    (tmp_path / "elsewhere").mkdir()
-    for file in {path} | named_files(path):
-        shutil.copy(file, tmp_path / "elsewhere")
-    run_examples([f"elsewhere.{path.stem}"], tmp_path)
-
-
-@pytest.mark.parametrize("folder", sorted(FOLDERS))
-def test_a_folder_copies_out_with_what_its_docstring_names(folder, tmp_path):
+def test_each_folder_copies_out_with_what_its_docstring_names(tmp_path):
     """`training/` or `files.py` in the docstring of `__init__.py` is the one beside the folder."""
-    source = PACKAGE / folder
-    docstring = ast.get_docstring(ast.parse((source / "__init__.py").read_text("utf-8")))
-    needed = {word for word in re.findall(r"\b(\w+)/", docstring) if word in FOLDERS} | {folder}
-    files = {word for word in re.findall(r"\b(\w+\.py)\b", docstring) if (PACKAGE / word).exists()}
-    for name in needed:
-        shutil.copytree(PACKAGE / name, tmp_path / "elsewhere" / name)
-    for name in files:
-        shutil.copy(PACKAGE / name, tmp_path / "elsewhere")
-    modules = [path.stem for path in source.glob("*.py") if path.stem != "__init__"]
-    run_examples([f"elsewhere.{folder}.{name}" for name in modules], tmp_path)
+    modules = []
+    for folder in sorted(FOLDERS):
+        source, target = PACKAGE / folder, tmp_path / f"copy_of_{folder}"
+        docstring = ast.get_docstring(ast.parse((source / "__init__.py").read_text("utf-8")))
+        for word in {folder, *re.findall(r"\b(\w+)/", docstring)} & FOLDERS:
+            shutil.copytree(PACKAGE / word, target / word)
+        for word in set(re.findall(r"\b(\w+\.py)\b", docstring)):
+            if (PACKAGE / word).exists():
+                shutil.copy(PACKAGE / word, target)
+        modules += [
+            f"{target.name}.{folder}.{path.stem}"
+            for path in source.glob("*.py") if path.stem != "__init__"
+        ]
+    run_examples(modules, tmp_path)
 
 
 def test_the_whole_package_copies_out_and_the_examples_of_its_top_level_files_run(tmp_path):
