@@ -239,7 +239,7 @@ def main():
     count = 4 if quick else 200
 
     # What measures
-    segmenter = load_or_train_segmenter(out, *((200, 20) if quick else (20_000, 1500)))
+    segmenter = load_or_train_segmenter(out, *((200, 20) if quick else (20_000, 2000)))
     pixel_accuracy = measure_segmenter(segmenter, count)
     print(f"the segmenter finds {pixel_accuracy:.1%} of the pixels of new drawn dishes")
     if pixel_accuracy < MIN_PIXEL_ACCURACY and not quick:

@@ -193,7 +193,7 @@ def main():
     count, steps = (2, 4) if quick else (100, STEPS)
 
     # What measures
-    segmenter = load_or_train_segmenter(out, *((200, 20) if quick else (20_000, 1500)))
+    segmenter = load_or_train_segmenter(out, *((200, 20) if quick else (20_000, 2000)))
     classifier, _ = load_checked_classifier(SIZE, out, quick, 4 * count)
 
     # With the trained model

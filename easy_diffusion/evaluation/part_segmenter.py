@@ -7,7 +7,8 @@ section 5):
 
     IoU of a class = pixels of this class in both / pixels of this class in at least one
 
-The network is a small U-Net without time and context. The file needs torch and, beside it,
+The network is a small U-Net without time and context, at half the resolution: its last layer gives
+the classes of 2 × 2 pixels at once. The file needs torch and, beside it,
 attribute_classifier.py.
 
 >>> segmenter = PartSegmenter(["番茄", "鸡蛋"])
@@ -32,21 +33,21 @@ TABLETOP, VESSEL, FIRST_INGREDIENT = 0, 1, 2
 class PartSegmenter(nn.Module):
     """Images uint8 [B, 3, H, W] → logits [B, 2 + I, H, W] of the tabletop, vessel, I ingredients.
 
-    H and W are multiples of 8. ingredients: their names.
+    H and W are multiples of 16. ingredients: their names.
     """
 
-    def __init__(self, ingredients: Iterable[str], width: int = 32):
+    def __init__(self, ingredients: Iterable[str], width: int = 48):
         super().__init__()
         self.ingredients = list(ingredients)
         widths = [width, 2 * width, 3 * width, 4 * width]
-        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(3, width, 4, stride=2, padding=1)
         self.down = nn.ModuleList(
             make_layer(a, b, stride=2) for a, b in zip(widths, widths[1:])
         )
         self.up = nn.ModuleList(
             make_layer(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1])
         )
-        self.head = nn.Conv2d(width, FIRST_INGREDIENT + len(self.ingredients), 1)
+        self.head = nn.Conv2d(width, 4 * (FIRST_INGREDIENT + len(self.ingredients)), 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(images.float() / 127.5 - 1)
@@ -57,7 +58,7 @@ class PartSegmenter(nn.Module):
         for layer in self.up:
             h = F.interpolate(h, scale_factor=2, mode="nearest")
             h = layer(torch.cat([h, skips.pop()], dim=1))
-        return self.head(h)
+        return F.pixel_shuffle(self.head(h), 2)
 
     @torch.no_grad()
     def segment(self, images: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ def mean_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def train_segmenter(
-    segmenter: PartSegmenter, loader, steps: int = 1500, learning_rate: float = 2e-3
+    segmenter: PartSegmenter, loader, steps: int = 2000, learning_rate: float = 2e-3
 ) -> Iterator[float]:
     """Train a segmenter and yield the loss of each step, the mean cross-entropy of the pixels.
 

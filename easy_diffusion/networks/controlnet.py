@@ -192,6 +192,8 @@ class Control(NamedTuple):
 class Controlled(nn.Module):
     """A UNet with controls: (x_t, t, context, mask) → output, a network like any other.
 
+    A VideoUNet takes films of controls, [B or 1, C, F, H, W], and each frame has its control.
+
     The residuals of several controls are added. For guidance with the control in the conditional
     prediction alone ("guess mode"), give the unconditional denoiser the UNet itself.
 
@@ -220,11 +222,33 @@ class Controlled(nn.Module):
         for controlnet, control, scale, interval in self.controls:
             if interval is not None and (t.min() < interval[0] or t.max() > interval[1]):
                 continue
-            residuals = controlnet(x, t, control.to(x.device), context, mask)
+            control = control.to(x.device)
+            if x.ndim == 5:
+                residuals = control_frames(controlnet, x, t, control, context, mask)
+            else:
+                residuals = controlnet(x, t, control, context, mask)
             scales = [scale] * len(residuals) if isinstance(scale, (int, float)) else scale
             residuals = [s * r for s, r in zip(scales, residuals, strict=True)]
             total = residuals if total is None else [a + b for a, b in zip(total, residuals)]
         return self.unet(x, t, context, mask, residuals=total)
+
+
+def control_frames(controlnet: ControlNet, x, t, control, context, mask) -> list[torch.Tensor]:
+    """The residuals for each frame of films x [B, C, F, H, W]: [B·F, ...] each.
+
+    control: [B or 1, C, F, H, W]. context: [B or 1, L, D].
+    """
+    batch, frames = len(x), x.shape[2]
+
+    def repeat(y):
+        """One row for each frame of each film."""
+        if y is None:
+            return None
+        return y.expand(batch, *y.shape[1:]).repeat_interleave(frames, dim=0)
+
+    control = control.expand(batch, *control.shape[1:])
+    images, controls = (film.transpose(1, 2).flatten(0, 1) for film in (x, control))
+    return controlnet(images, repeat(t), controls, repeat(context), repeat(mask))
 
 
 class ControlTraining(nn.Module):

@@ -132,7 +132,7 @@ class MotionModule(nn.Module):
     def forward(self, h, frames: int, time_embedding=None):
         """frames: F, by which the number of images in h is divisible.
 
-        time_embedding: [B·F, time_dim], the same for all frames of a film.
+        time_embedding: [B·F, time_dim].
         """
         film = h.unflatten(0, (-1, frames))                         # [B, F, C, H, W]
         if self.norm_over_frames:
@@ -142,9 +142,8 @@ class MotionModule(nn.Module):
         y = film.permute(0, 3, 4, 1, 2).flatten(0, 2)               # [B·H·W, F, C]
         y = self.proj_in(y)
         if self.time is not None:
-            shift = self.time(F.silu(time_embedding[::frames]))     # [B, C]
-            height, width = h.shape[2:]
-            y = y + shift.repeat_interleave(height * width, dim=0)[:, None]
+            shift = self.time(F.silu(time_embedding)).unflatten(0, (-1, frames))    # [B, F, C]
+            y = y + shift.repeat_interleave(h.shape[2] * h.shape[3], dim=0)
         for norm, attention in zip(self.norms, self.attentions):
             y = y + attention(norm(y))
         y = y + self.feed_forward(self.norm_out(y))
@@ -156,14 +155,16 @@ class MotionModule(nn.Module):
 class VideoUNet(UNet):
     """(film x_t [B, C, F, H, W], t [B], context [B, L, D], mask) → [B, C, F, H, W].
 
-    t, context and mask are those of UNet, the same for all frames of a film.
+    t, context and mask are those of UNet, the same for all frames of a film. A context of its own
+    for each frame is [B, F, L, D] with a mask bool [B, F, L].
 
     motion: arguments of MotionModule, by name.
     timed: whether the time embedding, to which `pooled` adds the caption, also enters the motion
         modules. They then know how noisy the film is, and which motion is asked for.
     settings: those of UNet, by name.
 
-    `forward` raises ValueError for a tensor that is not a film, and as that of UNet does.
+    `forward` also takes `residuals`, the outputs of a ControlNet for each frame: [B·F, ...]. It
+    raises ValueError for a tensor that is not a film, and as that of UNet does.
     """
 
     def __init__(self, motion: dict | None = None, timed: bool = True, **settings):
@@ -200,7 +201,7 @@ class VideoUNet(UNet):
             parameter for name, parameter in self.named_parameters() if name.startswith("motion_")
         ]
 
-    def forward(self, x, t, context=None, mask=None):
+    def forward(self, x, t, context=None, mask=None, residuals=None):
         if x.ndim != 5:
             raise ValueError(f"a film is [B, C, F, H, W], not of the shape {tuple(x.shape)}")
         self.check_context(context, mask, len(x))
@@ -208,14 +209,19 @@ class VideoUNet(UNet):
         dtype = self.conv_in.weight.dtype
         frames = x.shape[2]
 
-        def repeat(y):
+        def repeat(y, per_frame=False):
             """One row for each frame of each film; a row for all films stays one."""
+            if per_frame:                                           # [B or 1, F, ...]
+                return y.expand(len(x), *y.shape[1:]).flatten(0, 1)
             return y if y is None or len(y) == 1 != len(x) else y.repeat_interleave(frames, dim=0)
 
         # The frames become images; t and the context are repeated for each of them.
         h = x.to(dtype).transpose(1, 2).flatten(0, 1)               # [B·F, C, H, W]
-        context = None if context is None else repeat(context.to(dtype))
-        mask = repeat(mask)
+        per_frame = context is not None and context.ndim == 4
+        if per_frame and context.shape[1] != frames:
+            raise ValueError(f"a context of {context.shape[1]} frames does not fit {frames}")
+        context = None if context is None else repeat(context.to(dtype), per_frame)
+        mask = repeat(mask, per_frame and mask is not None)
         time_embedding = self.embed_time(repeat(t), context, mask)
 
         # As in UNet.forward, with a motion module after the blocks of each stage
@@ -229,6 +235,9 @@ class VideoUNet(UNet):
         h = self.run_stage(self.middle[:-1], h, time_embedding, context, mask)
         h = self.motion_middle(h, frames, time_embedding)
         h = self.run_stage(self.middle[-1:], h, time_embedding, context, mask)
+        if residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, residuals)]
+            h = h + residuals[-1]
         for stage, motion in zip(self.up, self.motion_up):
             blocks = stage[:-1] if isinstance(stage[-1], Upsample) else stage
             h = torch.cat([h, skips.pop()], dim=1)

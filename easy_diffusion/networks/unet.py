@@ -244,8 +244,8 @@ class UNet(nn.Module):
             )
 
         on_cpu = mask is not None and mask.device.type == "cpu"
-        if on_cpu and not torch.compiler.is_compiling() and not mask.any(dim=1).all():
-            rows = (~mask.any(dim=1)).nonzero().flatten().tolist()
+        if on_cpu and not torch.compiler.is_compiling() and not mask.any(dim=-1).all():
+            rows = (~mask.any(dim=-1)).nonzero().squeeze(1).tolist()
             raise ValueError(
                 f"the mask has no True in the rows {rows}: a caption has at least one token that "
                 "may be attended to, if only a start token"

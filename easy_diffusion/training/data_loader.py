@@ -137,13 +137,14 @@ class BatchDataset(torch.utils.data.Dataset):
     """Reads a dataset one batch at a time, with the random numbers that belong to the batch.
 
     dataset: has `__len__` and `__getitem__`, or `__getitems__` for a whole batch.
-    collate: makes a batch from a list of items; default: torch's `default_collate`.
+    collate: makes a batch from a list of items; default: the dataset's own `collate`, if it has
+        one, else torch's `default_collate`.
     seed: of what the dataset draws at random.
     """
 
     def __init__(self, dataset, collate=None, seed: int = 0):
         self.dataset = dataset
-        self.collate = collate or default_collate
+        self.collate = collate or getattr(dataset, "collate", default_collate)
         self.seed = seed
 
     def __len__(self):

@@ -34,7 +34,7 @@ def test_it_learns_where_the_parts_are():
     segmenter = PartSegmenter(INGREDIENTS, width=16)
 
     def draw(seeds):
-        dishes = [compose(name, 32, seed) for seed in seeds]
+        dishes = [compose(name, 64, seed) for seed in seeds]
         images = torch.from_numpy(np.stack([dish.image for dish in dishes]))
         parts = torch.from_numpy(np.stack([dish.parts for dish in dishes]))
         return images, segmenter.labels(parts, attributes(name).ingredients)

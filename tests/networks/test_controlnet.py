@@ -21,6 +21,7 @@ from easy_diffusion.networks.controlnet import (
     load_controlnet,
     save_controlnet,
 )
+from easy_diffusion.networks.motion import VideoUNet
 from easy_diffusion.networks.stable_diffusion_weights import (
     load_stable_diffusion,
     map_tensor_names,
@@ -255,6 +256,31 @@ def test_residuals_of_controls_add_up_and_scale_and_interval_apply():
         t = torch.tensor([600, 600])
         always = Controlled(unet, [Control(first, one)])
         assert torch.equal(early(x, t, context), always(x, t, context))
+
+
+@torch.no_grad()
+def test_each_frame_of_a_film_has_its_control():
+    unet = small_unet()
+    video = VideoUNet.from_unet(unet).eval()
+    _, t, context = small_inputs()
+    film, control = torch.randn(2, 3, 4, 16, 16), torch.rand(2, 1, 4, 16, 16)
+    untrained = Controlled(video, [Control(ControlNet.from_unet(unet, 1), control)])
+    assert torch.equal(untrained(film, t, context), video(film, t, context))
+
+    # Without trained motion modules each frame is that of the controlled image network.
+    controlnet = randomize(ControlNet.from_unet(unet, 1), 1)
+    out = Controlled(video, [Control(controlnet, control)])(film, t, context)
+    for f in range(4):
+        image = Controlled(unet, [Control(controlnet, control[:, :, f])])
+        expected = image(film[:, :, f], t, context)
+        torch.testing.assert_close(out[:, :, f], expected, rtol=0, atol=1e-5)
+
+    # One control film, and one caption, serve all films.
+    one = Controlled(video, [Control(controlnet, control[:1])])
+    same = Controlled(video, [Control(controlnet, control[:1].expand(2, -1, -1, -1, -1))])
+    torch.testing.assert_close(
+        one(film, t, context[:1]), same(film, t, context[:1].expand(2, -1, -1)), rtol=0, atol=1e-5
+    )
 
 
 def test_guidance_and_a_sampler_take_it_as_a_network():

@@ -80,6 +80,24 @@ def test_one_context_serves_all_films():
 
 
 @torch.no_grad()
+def test_a_context_for_each_frame_reaches_its_frame_alone_in_an_untrained_network():
+    unet = make_unet()
+    video = VideoUNet.from_unet(unet)
+    film, t, context, mask = inputs()
+    frames = film.shape[2]
+    per_frame = context[:, None].repeat(1, frames, 1, 1)
+    masks = mask[:, None].repeat(1, frames, 1)
+    assert torch.equal(video(film, t, per_frame, masks), video(film, t, context, mask))
+    per_frame[:, 2] += 1
+    out = video(film, t, per_frame, masks)
+    for f in range(frames):
+        expected = unet(film[:, :, f], t, per_frame[:, f], masks[:, f])
+        torch.testing.assert_close(out[:, :, f], expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=f"context of 3 frames does not fit {frames}"):
+        video(film, t, per_frame[:, :3], masks[:, :3])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 5, 6, 8])
 def test_with_circular_positions_rolling_the_input_rolls_the_output(frames):
     video = randomise(VideoUNet.from_unet(make_unet()))
