@@ -8,6 +8,7 @@ The files, in reading order:
     dish_rendering.py      the sprites of a drawn dish: pieces of ingredients, vessels, tabletops
     dish_controls.py       control images for a ControlNet: parts, height, edges, a sketch
     dish_films.py          DishFilms: films of drawn dishes, whose motion is known
+    dish_references.py     ReferencedDishes: another dish on the same table, as a reference image
     dish_sounds.py         Cooking: sounds of cooking; films that are tossed to a sound
     aipos.py               AiposFood: a folder of food photographs, one subfolder per dish name
     lmdb_environment.py    opens and writes an LMDB file, safely from several processes
@@ -27,6 +28,7 @@ example `from datasets.lmdb_store import ImageCaptionStore`.
 from .aipos import AiposFood
 from .dish_controls import ControlledDishes
 from .dish_films import MOTIONS, DishFilms, draw_film
+from .dish_references import ReferencedDishes
 from .dish_shapes import INGREDIENTS
 from .dish_sounds import BeatFilms, Cooking, cook_sound
 from .dishes import HELD_OUT_PAIRS, WAYS, Attributes, Dishes, attributes, dish_names, draw_dish
@@ -43,6 +45,7 @@ __all__ = [
     "Cooking",
     "DishFilms",
     "Dishes",
+    "ReferencedDishes",
     "attributes",
     "cook_sound",
     "dish_names",

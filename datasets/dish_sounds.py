@@ -37,7 +37,7 @@ import torch
 
 from .dish_films import FRAMES, HOP
 from .dish_scene import render_scene
-from .dishes import attributes, choose_dish_scene, dish_names
+from .dishes import attributes, choose_dish_scene, collate_captions, dish_names
 
 SAMPLE_RATE = 16_000    # Hz
 SECONDS = 2.0
@@ -193,7 +193,7 @@ class Cooking(torch.utils.data.Dataset):
     seconds: length of the sounds.
     seed: another seed gives other variations of the sounds.
 
-    A batch has a list of pairs for its captions, which `collate` makes.
+    The captions of a batch are a list of such pairs, which `collate` makes.
     """
 
     def __init__(self, dishes, seconds: float = SECONDS, seed: int = 0):
@@ -210,11 +210,7 @@ class Cooking(torch.utils.data.Dataset):
         sound = cook_sound(way, self.seconds, self.seed * 1_000_003 + index)
         return image, (torch.from_numpy(sound), "".join(ingredients))
 
-    @staticmethod
-    def collate(items) -> tuple[torch.Tensor, list]:
-        """A batch of items: (images [B, ...], list of B captions)."""
-        images, captions = zip(*items)
-        return torch.stack(images), list(captions)
+    collate = staticmethod(collate_captions)
 
 
 # ------------------------------------------------------------------------------------ films
@@ -325,4 +321,4 @@ class BeatFilms(torch.utils.data.Dataset):
         name = random.Random(seed).choice(self.names)
         return name, draw_beat_film(name, self.size, seed, self.frames)
 
-    collate = Cooking.collate
+    collate = staticmethod(collate_captions)

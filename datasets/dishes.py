@@ -120,6 +120,16 @@ def choose_dish_scene(name: str, seed: int) -> Scene:
 # -------------------------------------------------------------------------------------- dataset
 
 
+def collate_captions(items: list[tuple]) -> tuple[torch.Tensor, list]:
+    """A batch of items (image [...], caption): (images [B, ...], list of the B captions).
+
+    It is for captions that are tuples, such as (sound, ingredients), which torch's
+    `default_collate` would take apart.
+    """
+    images, captions = zip(*items)
+    return torch.stack(images), list(captions)
+
+
 class Dishes(torch.utils.data.Dataset):
     """Item i is (image uint8 [3, size, size], name): a drawn dish that depends on seed and i only.
 

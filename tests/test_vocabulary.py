@@ -107,6 +107,8 @@ ALLOWED = {
     ("datasets/dish_scene.py", "piece"): INGREDIENTS,
     ("datasets/dish_films.py", "piece"): INGREDIENTS,
     ("datasets/dish_sounds.py", "piece"): INGREDIENTS,
+    ("datasets/dish_references.py", "piece"): INGREDIENTS,
+    ("tests/datasets/test_dish_references.py", "piece"): INGREDIENTS,
     ("tests/datasets/test_dish_films.py", "piece"): INGREDIENTS,
     ("datasets/dish_scene.py", "computer synthesized pictures"): "the title of a paper",
     ("datasets/aipos.py", "recipe"): HOWTOCOOK,
