@@ -15,6 +15,9 @@ generates the dish and inpaints what the camera's move uncovers. The files in --
 With --motion the dish itself moves, in a film that a model of films generates; it comes from
 python -m easy_diffusion.train_motion. The file is <name>_<motion>.gif.
 
+With --sound the way of cooking is heard instead of named: --sound wok.wav 番茄鸡蛋. The audio
+encoder comes from python -m easy_diffusion.train_sound.
+
 With --image the camera moves over a photograph instead of a generated dish, and --mask selects a
 region of it to inpaint first. With --inpainter control a ControlNet helps the network to inpaint in
 six steps; with --inpainter sd Stable Diffusion inpaints. The options are in demo_options.py.
@@ -54,10 +57,16 @@ from .images import contact_sheet, encode_png, load_chinese_font
 from .inpainting.control_inpainter import make_control_inpainter
 from .inpainting.stable_diffusion_inpainter import make_stable_diffusion_inpainter
 from .inpainting.stable_diffusion_pipeline import load_pipeline
+from .networks.audio_encoder import load_sound
 from .networks.controlnet import load_controlnet
-from .pretrained import load_model
+from .pretrained import load_model, load_sound_model
 from .training.data_loader import derive_seed
 from .training.distributed import check_gpu
+
+
+def make_caption(options, name: str):
+    """The caption of a name: the name itself or, with --sound, a pair (sound, name)."""
+    return (options.waveform, name) if options.sound else name
 
 
 def make_inpainters(options, model, name: str, move: str) -> tuple:
@@ -94,10 +103,11 @@ def make_inpainters(options, model, name: str, move: str) -> tuple:
 
     # Beside a dish the network inpaints the same dish again. Around a dish there is the table,
     # which the name does not describe: no caption, no guidance.
-    inpaint_around = make_inpainter("", 1.0)
+    encoder = (model[0] if options.inpainter == "control" else model).encoder
+    inpaint_around = make_inpainter(encoder.uncond, 1.0)
     if options.image:
         return inpaint_around, inpaint_around
-    return make_inpainter(name, options.guidance), inpaint_around
+    return make_inpainter(make_caption(options, name), options.guidance), inpaint_around
 
 
 # ------------------------------------------------------------------ the command
@@ -111,6 +121,8 @@ def main(arguments=None) -> int:
     start = time.perf_counter()
     load_chinese_font(12)       # raises here, rather than at the end, if there is no font
     pipeline = load_pipeline(options.sd, options.sd_config) if options.inpainter == "sd" else None
+    if options.sound:
+        options.waveform = load_sound(options.sound)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     print_plan(options)
     if options.motion:
@@ -122,7 +134,8 @@ def main(arguments=None) -> int:
     written = []
     model = None
     if not options.image or options.inpainter != "sd":
-        model = load_model(options.weights, options.size)
+        load = load_sound_model if options.sound else load_model
+        model = load(options.weights, options.size)
     inpainting_model = model if pipeline is None else pipeline
     if options.inpainter == "control":
         if model.autoencoder is not None:
@@ -142,7 +155,7 @@ def main(arguments=None) -> int:
             network,
             encoder,
             diffusion,
-            options.names,
+            [make_caption(options, name) for name in options.names],
             options.size,
             options.steps,
             options.guidance,
@@ -164,7 +177,7 @@ def main(arguments=None) -> int:
             written.append(options.out / f"{name}_{move}.{options.format}")
             write_film(written[-1], films[name, move], options.fps)
     written += write_mosaics(options, films, moves)
-    if not options.image:
+    if not options.image and not options.sound:
         written.append(write_held_out_sheet(options, model))
     for path in written:
         print(f"wrote {path}")
@@ -181,7 +194,7 @@ def print_plan(options) -> None:
     names = "、".join(options.names)
     kind = options.motion or options.move
     print(f"{names}, {kind}, on {device}; all files are in {options.out}/", flush=True)
-    if options.image:
+    if options.image or options.sound:
         return
     for name in options.names:
         try:

@@ -21,8 +21,9 @@ from .animation.camera import MOVES
 from .animation.film import FORMATS
 from .command_line import check_ranges
 from .diffusion.schedule import NoiseSchedule
+from .networks.audio_encoder import load_sound
 from .presets import SIZE
-from .pretrained import WEIGHTS, find_sizes
+from .pretrained import WEIGHTS, audio_encoder_path, find_sizes
 
 
 def parse_options(arguments) -> argparse.Namespace:
@@ -62,6 +63,11 @@ def add_image_options(parser) -> None:
         "--size", type=int, default=argparse.SUPPRESS,
         help="height and width in pixels of the images that the network generates; the folder must "
         "have a network for that size (default: the largest)",
+    )
+    parser.add_argument(
+        "--sound", type=Path, metavar="FILE",
+        help="sound of the cooking, WAV or FLAC; the names are then those of one or two "
+        "ingredients, such as 番茄鸡蛋, and the way of cooking is heard",
     )
     parser.add_argument(
         "--image", type=Path, metavar="FILE",
@@ -154,16 +160,21 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
     films = options.motion is not None
     if films and options.image:
         parser.error("--motion is for a generated dish, not for a photograph: --image")
+    if options.sound and (films or options.image):
+        parser.error("--sound is for a generated dish, without --motion and --image")
     sizes = find_sizes(options.weights, films)
+    if options.sound:
+        sizes = [each for each in sizes if audio_encoder_path(options.weights, each).exists()]
     if not hasattr(options, "size"):
         options.size = sizes[-1] if sizes else SIZE
     check_size(parser, options.size)
     if options.size not in sizes and (not options.image or options.inpainter != "sd"):
         known = ", ".join(str(size) for size in sizes) or "no"
+        kind = "of films " * films + "with an audio encoder " * bool(options.sound)
+        command = "train_motion" if films else "train_sound" if options.sound else "train_demo"
         parser.error(
-            f"--weights {options.weights} has networks {'of films ' * films}for {known} pixels, "
-            f"not for --size {options.size}: python -m easy_diffusion."
-            f"{'train_motion' if films else 'train_demo'} trains one"
+            f"--weights {options.weights} has networks {kind}for {known} pixels, not for --size "
+            f"{options.size}: python -m easy_diffusion.{command} trains one"
         )
 
     # Numbers
@@ -203,6 +214,13 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
         parser.error(f"--mask {options.mask} needs a photograph: --image")
     if options.image:
         check_photo(parser, options)
+    if options.sound:
+        if not options.names:
+            parser.error("--sound needs the names of ingredients, such as 番茄鸡蛋")
+        try:
+            load_sound(options.sound)
+        except (OSError, ValueError) as error:
+            parser.error(f"--sound: {error}")
 
 
 def check_size(parser: argparse.ArgumentParser, size: int) -> None:

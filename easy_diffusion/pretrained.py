@@ -5,6 +5,7 @@ A folder of weights holds, for each image size that a model was trained for,
     text_to_image_SIZE.safetensors    the UNet and the text encoder
     text_to_film_SIZE.safetensors     the same for films: a VideoUNet and its text encoder
     autoencoder_SIZE.safetensors      the autoencoder, if the UNet was trained on latents
+    audio_encoder_SIZE.safetensors    an audio encoder for that UNet, see sound_presets.py
 
 The header of a file is JSON. It contains the settings of the networks, the characters that the
 encoder knows, the prediction type and the betas of the schedule, the scale and shift of the
@@ -33,7 +34,9 @@ import torch
 from .diffusion.gaussian import GaussianDiffusion
 from .diffusion.schedule import NoiseSchedule
 from .latent_space import fingerprint
+from .networks.audio_encoder import AudioEncoder, JointEncoder
 from .networks.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from .networks.controlnet import compute_weights_checksum
 from .networks.motion import VideoUNet
 from .networks.text_encoder import CharacterEncoder
 from .networks.unet import UNet
@@ -51,7 +54,7 @@ class Model(NamedTuple):
     """
 
     network: UNet | VideoUNet
-    encoder: CharacterEncoder
+    encoder: CharacterEncoder | JointEncoder
     diffusion: GaussianDiffusion
     autoencoder: Autoencoder | None
 
@@ -160,3 +163,52 @@ def load_pixel_model(folder, size: int) -> Model:
             "this command needs one that works on pixels, such as --size 64"
         )
     return model
+
+
+# ---------------------------------------------------------------- audio encoders
+
+
+def audio_encoder_path(folder, size: int) -> Path:
+    """The file of the audio encoder for the UNet of this size."""
+    return Path(folder) / f"audio_encoder_{size}.safetensors"
+
+
+def save_audio_encoder(folder, size: int, model: Model, training: dict | None = None) -> None:
+    """Write the audio encoder of a model in half precision; the rest of the model is not written.
+
+    model: of `add_audio_encoder` in sound_presets.py. size, training: as for `save_model`.
+    """
+    audio = model.encoder.first
+    tree = {
+        "training": training or {},
+        "audio_encoder_settings": audio.settings,
+        "unet": compute_weights_checksum(model.network),
+        "weights": {name: tensor.half() for name, tensor in audio.state_dict().items()},
+    }
+    save_tree(audio_encoder_path(folder, size), tree)
+
+
+def load_sound_model(folder=WEIGHTS, size: int | None = None, audio: Path | None = None) -> Model:
+    """`load_model`, with an audio encoder beside the text encoder: captions are (sound, caption).
+
+    audio: the file of the audio encoder; None: that of the folder.
+
+    Raises FileNotFoundError, or ValueError for an audio encoder that is damaged or that was trained
+    for another UNet.
+    """
+    size = size or (find_sizes(folder) or [0])[-1]
+    model = load_model(folder, size)
+    path = Path(audio or audio_encoder_path(folder, size))
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no audio encoder {path}: python -m easy_diffusion.train_sound trains one"
+        )
+    saved = load_tree(path)
+    if not isinstance(saved, dict) or "audio_encoder_settings" not in saved:
+        raise ValueError(f"{path} is a checkpoint, but not an audio encoder")
+    if saved["unet"] != compute_weights_checksum(model.network):
+        raise ValueError(f"{path} was trained for a UNet with other weights than this one")
+    encoder = AudioEncoder(**saved["audio_encoder_settings"])
+    load_weights(encoder, saved["weights"])
+    encoder = encoder.eval().to(model.network.conv_in.weight.device)
+    return model._replace(encoder=JointEncoder(encoder, model.encoder))

@@ -23,7 +23,7 @@ LAYERS = [
      "masked_dishes", "film_presets", "sound_presets"},
     {
         "demo", "demo_options", "train_demo", "train_photos", "train_control", "train_motion",
-        "classify", "edit",
+        "train_sound", "classify", "edit",
         "app", "app_requests", "train_model", "train_options", "train_setup",
     },
 ]

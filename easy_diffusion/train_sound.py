@@ -1,0 +1,127 @@
+"""Train an audio encoder on sounds of cooking: python -m easy_diffusion.train_sound
+
+The text-to-image model in --weights keeps its weights. An audio encoder learns to tell it how a
+dish is cooked, from sounds that are synthesised (datasets/dish_sounds.py); the caption names the
+ingredients alone. The same command resumes an interrupted training. The files in --out are
+
+    weights/                        the model, and audio_encoder_64.safetensors
+    heard_64.png                    held-out pairs of ingredients, each with the sound of every way
+                                    of cooking: generated (left) and drawn (right)
+    sounds/                         these sounds as WAV files, for the demo's --sound
+    training_sounds_64.safetensors  the checkpoint of the training
+
+>>> options = parse_options(["--minutes", "3"])
+>>> options.minutes, options.size
+(3.0, 64)
+"""
+
+import argparse
+import math
+import random
+import sys
+from pathlib import Path
+
+import soundfile
+import torch
+
+from datasets.dish_scene import WAYS
+from datasets.dish_sounds import SAMPLE_RATE, cook_sound
+from datasets.dishes import HELD_OUT_PAIRS, draw_dish
+
+from .command_line import check_ranges, check_writable, run_command
+from .demo_options import check_size
+from .files import atomic_path, write_atomically
+from .images import contact_sheet, encode_png, load_chinese_font
+from .presets import DISHES, SIZE, default_batch_size, prepare_dishes
+from .pretrained import WEIGHTS, Model, load_pixel_model, save_audio_encoder, save_model
+from .sound_presets import add_audio_encoder, generate_from_sounds, hear_dishes, train_on_sounds
+from .training.distributed import check_gpu
+
+SHOWN = 3                       # held-out pairs on the sheet
+
+
+def parse_options(arguments) -> argparse.Namespace:
+    """Parse and check the command line; an invalid option ends the program with a message."""
+    parser = argparse.ArgumentParser(
+        prog="python -m easy_diffusion.train_sound",
+        description="Train an audio encoder for a text-to-image model on sounds of cooking.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=2.0 if torch.cuda.is_available() else 8.0,
+        help="training time",
+    )
+    parser.add_argument(
+        "--dishes", type=int, default=DISHES,
+        help="number of drawn dishes to train on; they are drawn first",
+    )
+    parser.add_argument(
+        "--size", type=int, default=SIZE, help="size of the model's images in pixels"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=default_batch_size(latent=False),
+        help="dishes per training step",
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, metavar="FOLDER",
+        help="folder with the text-to-image model, which was trained on pixels",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/sound"), metavar="FOLDER",
+        help="folder for the dishes, the checkpoint and the results",
+    )
+    options = parser.parse_args(arguments)
+    check_size(parser, options.size)
+    check_ranges(parser, options, {
+        "minutes": (1e-3, math.inf),
+        "batch_size": (1, math.inf),
+        "dishes": (options.batch_size, math.inf),
+    })
+    return options
+
+
+def main(arguments=None) -> int:
+    """Train an audio encoder; see the module's docstring. Returns the exit status."""
+    options = parse_options(arguments)
+    check_gpu()
+    check_writable(options.out)
+    load_chinese_font(12)       # raises here, rather than after the training, if there is no font
+    model = load_pixel_model(options.weights, options.size)
+    weights = options.out / "weights"
+    save_model(weights, options.size, model)
+    dishes = prepare_dishes(options.out / f"dishes_{options.size}", options.dishes, options.size)
+    torch.manual_seed(0)
+    model = add_audio_encoder(model)
+    checkpoint = options.out / f"training_sounds_{options.size}.safetensors"
+    steps = train_on_sounds(model, dishes, options.minutes, options.batch_size, checkpoint)
+    save_audio_encoder(weights, options.size, model, {"steps": steps})
+    sheet = options.out / f"heard_{options.size}.png"
+    write_sheet(sheet, model, options.size)
+    write_sounds(options.out / "sounds")
+    for written in (weights, sheet, options.out / "sounds"):
+        print(f"wrote {written}")
+    return 0
+
+
+def write_sheet(path: Path, model: Model, size: int) -> None:
+    """Write held-out dishes that were heard, beside drawn ones: a row for each way of cooking."""
+    pairs = random.Random(0).sample(sorted(HELD_OUT_PAIRS), SHOWN)
+    names = [way.name_with_two.format(*pair) for way in WAYS.values() for pair in pairs]
+    images = generate_from_sounds(model, hear_dishes(names), size, show_progress=True)
+    drawn = [draw_dish(name, size, seed=1).transpose(1, 2, 0) for name in names]
+    cells = [list(pair) for pair in zip(images, drawn)]
+    write_atomically(path, encode_png(contact_sheet(cells, names, columns=SHOWN)))
+
+
+def write_sounds(folder: Path) -> None:
+    """Write the sound of each way of cooking as a WAV file."""
+    folder.mkdir(exist_ok=True)
+    for way in WAYS:
+        with atomic_path(folder / f"{way}.wav") as temporary:
+            soundfile.write(temporary, cook_sound(way), SAMPLE_RATE, format="WAV")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(
+        main, "interrupted; the same command resumes from the last checkpoint, if there is one"
+    ))
