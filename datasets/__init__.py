@@ -8,8 +8,9 @@ The files, in reading order:
     dish_rendering.py      the sprites of a drawn dish: pieces of ingredients, vessels, tabletops
     dish_controls.py       control images for a ControlNet: parts, height, edges, a sketch
     dish_films.py          DishFilms: films of drawn dishes, whose motion is known
-    dish_references.py     ReferencedDishes: another dish on the same table, as a reference image
     dish_sounds.py         Cooking: sounds of cooking; films that are tossed to a sound
+    spoken_names.py        SpokenDishes: spoken names of dishes, by espeak-ng
+    dish_references.py     ReferencedDishes: another dish on the same table, as a reference image
     aipos.py               AiposFood: a folder of food photographs, one subfolder per dish name
     lmdb_environment.py    opens and writes an LMDB file, safely from several processes
     lmdb_store.py          ImageCaptionStore: image–caption records in an LMDB file, a "store"
@@ -21,8 +22,8 @@ The files, in reading order:
     latents_lmdb.py        encodes the images of a store with an autoencoder, once
 
 Each file copies out with the siblings that its docstring names. The names below need torch, numpy,
-Pillow and tqdm. The files on LMDB stores also need lmdb; import from these files directly, for
-example `from datasets.lmdb_store import ImageCaptionStore`.
+Pillow and tqdm. spoken_names.py also needs soundfile and soxr, and the files on LMDB stores lmdb;
+import from these files directly, for example `from datasets.lmdb_store import ImageCaptionStore`.
 """
 
 from .aipos import AiposFood

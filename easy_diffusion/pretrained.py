@@ -5,7 +5,7 @@ A folder of weights holds, for each image size that a model was trained for,
     text_to_image_SIZE.safetensors    the UNet and the text encoder
     text_to_film_SIZE.safetensors     the same for films: a VideoUNet and its text encoder
     autoencoder_SIZE.safetensors      the autoencoder, if the UNet was trained on latents
-    audio_encoder_SIZE.safetensors    an audio encoder for that UNet, see sound_presets.py
+    audio_encoder_SIZE.safetensors    an audio encoder for that UNet, see condition_presets.py
 
 The header of a file is JSON. It contains the settings of the networks, the characters that the
 encoder knows, the prediction type and the betas of the schedule, the scale and shift of the
@@ -176,7 +176,7 @@ def audio_encoder_path(folder, size: int) -> Path:
 def save_audio_encoder(folder, size: int, model: Model, training: dict | None = None) -> None:
     """Write the audio encoder of a model in half precision; the rest of the model is not written.
 
-    model: of `add_audio_encoder` in sound_presets.py. size, training: as for `save_model`.
+    model: of `add_audio_encoder` in condition_presets.py. size, training: as for `save_model`.
     """
     audio = model.encoder.first
     tree = {

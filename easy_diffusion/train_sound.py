@@ -25,16 +25,17 @@ import soundfile
 import torch
 
 from datasets.dish_scene import WAYS
-from datasets.dish_sounds import SAMPLE_RATE, cook_sound
+from datasets.dish_sounds import SAMPLE_RATE, Cooking, cook_sound
 from datasets.dishes import HELD_OUT_PAIRS, draw_dish
 
 from .command_line import check_ranges, check_writable, run_command
+from .condition_presets import add_audio_encoder, hear_dishes, train_condition
 from .demo_options import check_size
 from .files import atomic_path, write_atomically
+from .generate import generate_images
 from .images import contact_sheet, encode_png, load_chinese_font
 from .presets import DISHES, SIZE, default_batch_size, prepare_dishes
 from .pretrained import WEIGHTS, Model, load_pixel_model, save_audio_encoder, save_model
-from .sound_presets import add_audio_encoder, generate_from_sounds, hear_dishes, train_on_sounds
 from .training.distributed import check_gpu
 
 SHOWN = 3                       # held-out pairs on the sheet
@@ -93,7 +94,9 @@ def main(arguments=None) -> int:
     torch.manual_seed(0)
     model = add_audio_encoder(model)
     checkpoint = options.out / f"training_sounds_{options.size}.safetensors"
-    steps = train_on_sounds(model, dishes, options.minutes, options.batch_size, checkpoint)
+    steps = train_condition(
+        model, Cooking(dishes), options.minutes, options.batch_size, checkpoint
+    )
     save_audio_encoder(weights, options.size, model, {"steps": steps})
     sheet = options.out / f"heard_{options.size}.png"
     write_sheet(sheet, model, options.size)
@@ -107,7 +110,10 @@ def write_sheet(path: Path, model: Model, size: int) -> None:
     """Write held-out dishes that were heard, beside drawn ones: a row for each way of cooking."""
     pairs = random.Random(0).sample(sorted(HELD_OUT_PAIRS), SHOWN)
     names = [way.name_with_two.format(*pair) for way in WAYS.values() for pair in pairs]
-    images = generate_from_sounds(model, hear_dishes(names), size, show_progress=True)
+    network, encoder, diffusion, _ = model
+    images = generate_images(
+        network, encoder, diffusion, hear_dishes(names), size, show_progress=True
+    )
     drawn = [draw_dish(name, size, seed=1).transpose(1, 2, 0) for name in names]
     cells = [list(pair) for pair in zip(images, drawn)]
     write_atomically(path, encode_png(contact_sheet(cells, names, columns=SHOWN)))

@@ -20,7 +20,7 @@ LAYERS = [
     {"training", "evaluation", "latent_space", "animation"},
     {"inpainting", "editing"},
     {"presets", "pretrained", "generate", "dish_classifier", "photo_presets", "notebook",
-     "masked_dishes", "film_presets", "sound_presets"},
+     "masked_dishes", "film_presets", "condition_presets"},
     {
         "demo", "demo_options", "train_demo", "train_photos", "train_control", "train_motion",
         "train_sound", "classify", "edit",

@@ -9,7 +9,9 @@ from PIL import Image
 
 from datasets.dish_sounds import SAMPLE_RATE, SOUNDS, cook_sound
 from easy_diffusion import demo, train_sound
+from easy_diffusion.condition_presets import add_audio_encoder, hear_dishes
 from easy_diffusion.demo_options import parse_options
+from easy_diffusion.generate import generate_images
 from easy_diffusion.networks.weights_io import load_tree, save_tree
 from easy_diffusion.pretrained import (
     audio_encoder_path,
@@ -18,7 +20,6 @@ from easy_diffusion.pretrained import (
     load_sound_model,
     save_audio_encoder,
 )
-from easy_diffusion.sound_presets import add_audio_encoder, generate_from_sounds, hear_dishes
 from easy_diffusion.train_sound import main
 
 SHORT = ["--minutes", "0.02", "--dishes", "8", "--batch-size", "2", "--size", "32"]
@@ -67,8 +68,8 @@ def test_an_image_depends_on_its_sound_and_its_caption(trained):
     model = load_sound_model(trained / "weights")
     torch.nn.init.normal_(model.network.conv_out.weight, std=0.1)
     (fry, tomato), (boil, _) = hear_dishes(["番茄炒鸡蛋", "番茄鸡蛋汤"])
-    images = generate_from_sounds(
-        model, [(fry, tomato), (boil, tomato), (fry, "土豆")], 32, steps=2, seed=[5, 5, 5]
+    images = generate_images(
+        *model[:3], [(fry, tomato), (boil, tomato), (fry, "土豆")], 32, steps=2, seed=[5, 5, 5]
     )
     assert (images[0] != images[1]).any() and (images[0] != images[2]).any()
 

@@ -1,0 +1,96 @@
+"""Presets for other conditions than captions: sounds, spoken names, reference images, beats.
+
+A condition is whatever gives a context and a mask. Each function returns a trained model with
+another encoder, and says what its captions become:
+
+    add_audio_encoder       (sound, ingredients): how the dish is cooked is heard
+    hear_names              the sound of a spoken name
+    add_image_prompt        (ingredients, reference image): "this table and this plate, that dish"
+    add_beats               (name of a film, beats), for a model of films
+
+What was trained before is frozen, but for `add_beats`. `train_condition` trains the rest. The UNet
+was trained on names such as 番茄炒鸡蛋; a new encoder learns token embeddings that it understands.
+
+>>> from .generate import generate_images
+>>> from .presets import build_networks
+>>> model = Model(*build_networks("番茄鸡蛋炒汤"), autoencoder=None)       # random weights
+>>> network, encoder, diffusion, _ = add_audio_encoder(model)
+>>> pairs = hear_dishes(["番茄炒鸡蛋"])
+>>> generate_images(network, encoder, diffusion, pairs, size=32, steps=2).shape
+(1, 32, 32, 3)
+"""
+
+from pathlib import Path
+
+import torch
+
+from datasets.dish_sounds import cook_sound
+from datasets.dishes import attributes
+
+from .networks.audio_encoder import AudioEncoder, BeatEncoder, JointEncoder
+from .networks.image_prompt import ImageEncoder, ImagePromptUNet
+from .presets import train_or_load
+from .pretrained import Model
+
+
+def add_audio_encoder(model: Model) -> Model:
+    """Add an audio encoder beside the text encoder: captions become (sound, ingredients)."""
+    freeze(model)
+    audio = AudioEncoder(model.encoder.dim).to(model.network.conv_in.weight.device)
+    return model._replace(encoder=JointEncoder(audio, model.encoder))
+
+
+def hear_names(model: Model) -> Model:
+    """Put an audio encoder in place of the text encoder: captions become sounds."""
+    freeze(model)
+    audio = AudioEncoder(model.encoder.dim).to(model.network.conv_in.weight.device)
+    return model._replace(encoder=audio)
+
+
+def add_image_prompt(model: Model) -> Model:
+    """Add an adapter for images to the UNet: captions become (ingredients, reference image)."""
+    freeze(model)
+    images = ImageEncoder(model.encoder.dim).to(model.network.conv_in.weight.device)
+    network = ImagePromptUNet.from_unet(model.network, images.tokens).requires_grad_(False)
+    for parameter in network.adapter_parameters():
+        parameter.requires_grad_(True)
+    return model._replace(network=network, encoder=JointEncoder(model.encoder, images))
+
+
+def add_beats(model: Model) -> Model:
+    """Add beats to a model of films: captions become (name, beats). All of it is trained."""
+    encoder = BeatEncoder(model.encoder).to(model.network.conv_in.weight.device)
+    return model._replace(encoder=encoder)
+
+
+def freeze(model: Model) -> None:
+    """Keep the weights of a model as they are in the training that follows."""
+    model.network.requires_grad_(False)
+    model.encoder.requires_grad_(False)
+
+
+def train_condition(
+    model: Model, dataset, minutes: float, batch_size: int | None, checkpoint: Path, **changes
+) -> int:
+    """Train what is not frozen of a model, or resume its training; returns the number of steps.
+
+    model: it ends with its EMA weights, in eval mode.
+    dataset: items are (image or film, caption as the encoder takes it). changes: see `train_demo`.
+    """
+    network, encoder, diffusion, _ = model
+    losses = train_or_load(
+        network, encoder, diffusion, dataset, checkpoint, minutes, batch_size=batch_size, **changes
+    )
+    network.eval()
+    encoder.eval()
+    return len(losses)
+
+
+def hear_dishes(names: list[str], seed: int = 0) -> list[tuple]:
+    """The pairs (sound, ingredients) of dishes; each sound has a seed of its own."""
+    pairs = []
+    for i, name in enumerate(names):
+        ingredients, way = attributes(name)
+        sound = torch.from_numpy(cook_sound(way, seed=seed + i))
+        pairs.append((sound, "".join(ingredients)))
+    return pairs
