@@ -8,6 +8,9 @@
     loop seam ratio      |x_0 - x_{F-1}| / mean_f |x_{f+1} - x_f|: the change from the last frame to
                          the first one, beside that between neighbours. It is about 1 for a loop
                          whose motion is even, such as that of a turning plate.
+    tosses               the frames that differ much from the median frame of their film
+    F1                   2 TP / (2 TP + FP + FN) of the frames with a toss, from the counts of true
+                         positives, false positives and false negatives
 
 Films are uint8 [B, F, 3, H, W]. The file needs torch and, beside it,
 attribute_classifier.py.
@@ -30,6 +33,7 @@ from .attribute_classifier import train_with_loss
 BATCH_SIZE = 32                         # films that are classified at once
 ANGLES = 360                            # samples of a circle, one for each degree
 RADII = 20
+TOSSED = 12                             # mean difference, of 255, from the median frame
 CENTRES = 3                             # candidates for the centre in each direction, to each side
 
 
@@ -156,3 +160,27 @@ def loop_seam_ratio(films: torch.Tensor) -> torch.Tensor:
     """
     changes = (films.float().roll(-1, dims=1) - films.float()).abs().mean(dim=(2, 3, 4))    # [B, F]
     return changes[:, -1] / changes[:, :-1].mean(dim=1)
+
+
+# ------------------------------------------------------------------ tosses
+
+
+def find_tosses(films: torch.Tensor) -> torch.Tensor:
+    """Return the frames in which the ingredients are in the air, bool [B, F].
+
+    They are those whose mean difference from the median frame is above TOSSED, so that fewer than
+    half of the frames can be tossed.
+
+    films: uint8 [B, F, 3, H, W].
+    """
+    median = films.float().median(dim=1, keepdim=True).values
+    return (films.float() - median).abs().mean(dim=(2, 3, 4)) > TOSSED
+
+
+def event_f1(found: torch.Tensor, true: torch.Tensor) -> float:
+    """Return the F1 of events, bool tensors of one shape; it is 1 if there is none in either."""
+    true_positives = int((found & true).sum())
+    wrong = int((found ^ true).sum())
+    if true_positives + wrong == 0:
+        return 1.0
+    return 2 * true_positives / (2 * true_positives + wrong)

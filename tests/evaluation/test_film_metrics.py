@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from datasets.dish_films import draw_film
+from datasets.dish_sounds import BeatFilms
 from easy_diffusion.evaluation.film_metrics import (
     MotionClassifier,
     correlate,
+    event_f1,
+    find_tosses,
     loop_seam_ratio,
     measure_rotation,
     train_motion_classifier,
@@ -77,3 +80,26 @@ def test_losses_are_yielded_one_by_one():
     films = torch.zeros(2, 2, 3, 16, 16, dtype=torch.uint8)
     losses = train_motion_classifier(MotionClassifier(["a", "b"], 8), [(films, ["a", "b"])], 5)
     assert len(list(itertools.islice(losses, 3))) == 3
+
+
+def test_the_tosses_of_drawn_films_are_found_also_in_noise():
+    generator = torch.Generator().manual_seed(0)
+    films, tosses = [], []
+    for i in range(10):
+        _, film = BeatFilms(10, 32).draw(i)
+        films.append(torch.from_numpy(film.frames))
+        tosses.append(torch.from_numpy(film.is_tossed))
+    films, tosses = torch.stack(films), torch.stack(tosses)
+    assert torch.equal(find_tosses(films), tosses)
+    noise = 6 * torch.randn(films.shape, generator=generator)
+    assert torch.equal(find_tosses((films + noise).clamp(0, 255).to(torch.uint8)), tosses)
+
+
+def test_the_f1_of_events_is_that_of_precision_and_recall():
+    found = torch.tensor([1, 1, 1, 0, 0, 0], dtype=torch.bool)
+    true = torch.tensor([1, 1, 0, 1, 1, 0], dtype=torch.bool)
+    precision, recall = 2 / 3, 2 / 4
+    expected = 2 * precision * recall / (precision + recall)
+    assert event_f1(found, true) == pytest.approx(expected)
+    assert event_f1(true, true) == event_f1(~true & true, ~true & true) == 1
+    assert event_f1(found, ~found) == 0
