@@ -37,8 +37,8 @@ def has_speech() -> bool:
 def speak(text: str, voice: str = "f2", speed: int = 170, pitch: int = 50) -> np.ndarray:
     """Synthesise Mandarin speech: float32 [N].
 
-    voice: a variant of espeak-ng, such as one of VOICES. speed: in words a minute, 80 … 450.
-    pitch: 0 … 99.
+    voice: a variant of espeak-ng, such as one of VOICES. speed: as espeak-ng's option -s,
+    80 … 450. pitch: 0 … 99.
 
     Raises FileNotFoundError if espeak-ng is not installed, and ValueError for blank text.
     """
