@@ -77,14 +77,12 @@ def generate_films(
     denoise = guided_denoiser(
         network, encoder, diffusion, names, guidance, clip=autoencoder is None
     )
-    *_, last = ddim(
-        denoise,
-        diffusion.schedule,
-        shape=(len(names), channels, frames, height, width),
-        steps=steps,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(names))],
-        device=next(network.parameters()).device,
+    x_T = diffusion.draw_noise(
+        (len(names), channels, frames, height, width),
+        [torch.Generator().manual_seed(seed + i) for i in range(len(names))],
+        next(network.parameters()).device,
     )
+    *_, last = ddim(denoise, diffusion.schedule, steps=steps, x_T=x_T)
     flat = last.x.transpose(1, 2).flatten(0, 1)                     # [B·F, C, h, w]
     return to_images(flat, autoencoder).reshape(len(names), frames, size, size, 3)
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from .diffusion.gaussian import GaussianDiffusion
+from .diffusion.gaussian import GaussianDiffusion, velocity_weight
 from .diffusion.schedule import NoiseSchedule
 from .latent_space import fingerprint
 from .networks.audio_encoder import AudioEncoder, JointEncoder
@@ -138,7 +138,10 @@ def load_model(folder=WEIGHTS, size: int | None = None, films: bool = False) -> 
     encoder = CharacterEncoder(**saved["encoder_settings"])
     load_weights(encoder, saved["encoder"])
     diffusion = GaussianDiffusion(
-        NoiseSchedule(saved["betas"]), saved["prediction_type"], saved["variance"]
+        NoiseSchedule(saved["betas"]),
+        saved["prediction_type"],
+        saved["variance"],
+        loss_weight=velocity_weight,        # for further training, as in presets.py
     )
     autoencoder = None
     if saved["autoencoder"] is not None:

@@ -10,6 +10,7 @@ The files in reading order:
     timesteps.py        how t is drawn in training: uniform, logit-normal, importance sampling
     score_sde.py        the variance-exploding SDE: samplers, probability flow ODE, likelihoods
     flow_matching.py    RectifiedFlow and its samplers
+    shared_noise.py     SharedNoiseDiffusion: the frames of a film have noise in common
 
 The folder needs torch and numpy and imports nothing else from this project, so it can be copied
 into another one.
@@ -62,6 +63,7 @@ from .score_sde import (
     predictor_corrector,
     probability_flow,
 )
+from .shared_noise import SharedNoiseDiffusion
 from .timesteps import (
     ImportanceTimesteps,
     logit_normal_time,
@@ -81,6 +83,7 @@ __all__ = [
     "Prediction",
     "RectifiedFlow",
     "SDEStep",
+    "SharedNoiseDiffusion",
     "Step",
     "TimestepTable",
     "VarianceExploding",

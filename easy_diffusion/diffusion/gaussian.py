@@ -143,6 +143,10 @@ class GaussianDiffusion:
         """The number of timesteps T."""
         return len(self.schedule)
 
+    def draw_noise(self, shape, generator=None, device="cpu", dtype=torch.float32) -> torch.Tensor:
+        """eps of a shape, and x_T for sampling; arguments as for `normal_noise`."""
+        return normal_noise(shape, generator, device, dtype)
+
     # ---------------------------------------------------------------- prediction types
 
     def add_noise(self, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -220,7 +224,7 @@ class GaussianDiffusion:
         context, mask: passed to the network; [B, L, D] and bool [B, L].
         generator: source of eps.
         """
-        eps = normal_noise(x0.shape, generator, x0.device, x0.dtype)
+        eps = self.draw_noise(x0.shape, generator, x0.device, x0.dtype)
         x_t = self.add_noise(x0, t, eps)
         output = network(x_t, t, context, mask)
         predicted, variance_output = self._split_output(output, x0)
@@ -243,7 +247,7 @@ class GaussianDiffusion:
         term, which does not depend on the network. The gradient reaches mean and variance.
         Arguments: as for `loss`. To train on the bound alone, set `diffusion.loss = diffusion.vlb`.
         """
-        eps = normal_noise(x0.shape, generator, x0.device, x0.dtype)
+        eps = self.draw_noise(x0.shape, generator, x0.device, x0.dtype)
         x_t = self.add_noise(x0, t, eps)
         output = network(x_t, t, context, mask)
         return len(self) * self.bound_term(x0, x_t, t, self.to_prediction(output, x_t, t))
@@ -288,7 +292,7 @@ class GaussianDiffusion:
 
         for timestep in reversed(range(len(self))):
             t = torch.full_like(last_t, timestep)
-            eps = normal_noise(x0.shape, generator, x0.device, x0.dtype)
+            eps = self.draw_noise(x0.shape, generator, x0.device, x0.dtype)
             x_t = self.add_noise(x0, t, eps)
             yield BoundTerm(timestep, self.bound_term(x0, x_t, t, denoise(x_t, t)))
 
