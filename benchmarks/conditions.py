@@ -2,7 +2,7 @@
 
 The model of this repository keeps its weights; for each condition an encoder is trained for the
 same minutes, for beats a model of films. All dishes that are measured have pairs of ingredients
-that no training image shows, and sounds, voices and references of their own.
+that no training image shows, and sounds and references that were not trained with.
 
     sound_way_accuracy        the way of cooking is right; the sound alone says it
     spoken_pair_accuracy      ingredients and way are right, from the spoken name, in the voices of
@@ -155,9 +155,9 @@ def main():
         model, references, minutes, batch, out / "conditions_reference.safetensors"
     )
     tests = ReferencedDishes(count, SIZE, "held_out", seed=500)
-    referenced = add_row("ingredients, reference image", model, tests)
+    referenced = add_row("reference image, ingredients", model, tests)
     tables = [
-        find_tabletop(image.numpy()) == find_tabletop(tests[i][1][1].numpy())
+        find_tabletop(image.numpy()) == find_tabletop(tests[i][1][0].numpy())
         for i, image in enumerate(referenced["images"])
     ]
     claims |= {

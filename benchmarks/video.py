@@ -18,8 +18,8 @@ begin with random last layers; and with half of the noise in common to all frame
 what the metrics give for true films.
 
 The table "flicker" is about latents. Drawn films of 128 pixels are encoded and decoded by the
-autoencoder of this repository, each frame alone or all as one batch. Flicker is the standard
-deviation over the frames, in grey levels of 255, of the pixels that stand still in the drawn film.
+autoencoder of this repository, each frame alone or all as one batch. Flicker is the std over the
+frames, in grey levels of 255, of the pixels that stand still in the drawn film.
 """
 
 import argparse

@@ -12,7 +12,7 @@ stands, is seen in the reference image alone, whose ingredients are other ones:
 The file needs numpy and torch and, beside it, dishes.py, dish_scene.py, dish_rendering.py and
 dish_shapes.py.
 
->>> image, (ingredients, reference) = ReferencedDishes(100, 64)[0]
+>>> image, (reference, ingredients) = ReferencedDishes(100, 64)[0]
 >>> tuple(image.shape), tuple(reference.shape)
 ((3, 64, 64), (3, 64, 64))
 """
@@ -45,9 +45,8 @@ def choose_reference_scene(scene: Scene, ingredients: tuple[str, ...], seed: int
 def find_tabletop(image: np.ndarray) -> int:
     """Which of TABLETOPS an image uint8 [3, H, W] of a drawn dish shows: its index.
 
-    The corners of the image are compared with the mean colour of each tabletop. Its brightness
-    varies by a tenth, so that only the ratios of the colours and, half as much, the brightness
-    count.
+    The corners of the image are compared with the mean colour of each tabletop. The brightness
+    varies by a tenth, so that it counts less than the ratios of the colours.
     """
     side = image.shape[1] // 10
     corners = [image[:, y, x] for y in (slice(side), slice(-side, None))
@@ -61,14 +60,14 @@ def find_tabletop(image: np.ndarray) -> int:
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared distance of two logarithms of colours; half of that of their means is left out."""
+    """Squared distance of two logarithms of colours, in which their mean counts a sixth."""
     difference = a - b
     mean = difference.mean()
     return float(np.square(difference - mean).sum() + 0.5 * mean ** 2)
 
 
 class ReferencedDishes(torch.utils.data.Dataset):
-    """Item i is (image, (ingredients, reference)), both images uint8 [3, size, size].
+    """Item i is (image, (reference, ingredients)), both images uint8 [3, size, size].
 
     Arguments as for `Dishes`, and the same dishes.
     """
@@ -88,6 +87,6 @@ class ReferencedDishes(torch.utils.data.Dataset):
             torch.from_numpy(render_scene(each, self.dishes.size).image)
             for each in (scene, reference)
         ]
-        return images[0], ("".join(ingredients), images[1])
+        return images[0], (images[1], "".join(ingredients))
 
     collate = staticmethod(collate_captions)

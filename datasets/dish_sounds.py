@@ -41,7 +41,6 @@ from .dishes import attributes, choose_dish_scene, collate_captions, dish_names
 
 SAMPLE_RATE = 16_000    # Hz
 SECONDS = 2.0
-EVENT_LENGTH = 0.5      # seconds after which an event has ended
 FPS = 8                 # frames per second of a film
 
 
@@ -84,13 +83,14 @@ def crackle(rng, loudness: float, decay: float = 0.004) -> np.ndarray:
 
 def ring(frequency: float, loudness: float, decay: float, rise: float = 0.0) -> np.ndarray:
     """A damped sine; its frequency in Hz rises by the fraction `rise` in each `decay` seconds."""
-    n = int(min(6 * decay, EVENT_LENGTH) * SAMPLE_RATE)
+    n = int(6 * decay * SAMPLE_RATE)
     t = np.arange(n) / SAMPLE_RATE
     phase = 2 * np.pi * frequency * (t + rise * t ** 2 / (2 * decay))
     return loudness * np.sin(phase) * np.exp(-t / decay)
 
 
 # ------------------------------------------------------------------------------------ the sounds
+# Each function adds the sound of a way of cooking to `sound`, float64 [N], in place.
 
 
 def stir_fry(rng, sound, seconds):
@@ -144,7 +144,7 @@ def noodles(rng, sound, seconds):
     sound += 0.08 * make_noise(rng, len(sound), 500, 1600)
     add_events(
         sound, regular_times(rng, seconds, rng.uniform(1.5, 2.2)),
-        lambda: crackle(rng, 0.5, 0.02) + ring(90, 0.5, 0.02)[: int(0.12 * SAMPLE_RATE)],
+        lambda: crackle(rng, 0.5, 0.02) + ring(90, 0.5, 0.02),
     )
 
 
@@ -219,7 +219,7 @@ class Cooking(torch.utils.data.Dataset):
 class BeatFilm(NamedTuple):
     """A film of a dish that is tossed when the pan crackles, and its sound.
 
-    frames: uint8 [F, 3, size, size]. sound: float32 [F / FPS seconds].
+    frames: uint8 [F, 3, size, size]. sound: float32 [F / FPS · SAMPLE_RATE].
     is_tossed: bool [F], the frames in which the ingredients are in the air.
     """
 
@@ -252,9 +252,13 @@ def draw_beat_film(name: str, size: int = 64, seed: int = 0, frames: int = FRAME
 
 
 def choose_beats(rng, frames: int) -> np.ndarray:
-    """Choose one to three of the frames at random, no two of them adjacent: bool [frames]."""
+    """Choose one to three of the frames at random, no two of them adjacent: bool [frames].
+
+    They are fewer than half of the frames, so that the median of all frames is that of the others.
+    """
     is_tossed = np.zeros(frames, dtype=bool)
-    for frame in rng.permutation(frames)[: rng.integers(1, 4)]:
+    count = rng.integers(1, min(3, (frames - 1) // 2) + 1)
+    for frame in rng.permutation(frames)[:count]:
         if not is_tossed[[frame - 1, frame, (frame + 1) % frames]].any():
             is_tossed[frame] = True
     return is_tossed

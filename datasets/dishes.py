@@ -90,6 +90,11 @@ def dish_names(split: str = "train") -> list[str]:
     return names
 
 
+def ingredient_names() -> set[str]:
+    """What the dishes are made of, without the way of cooking: 番茄, 番茄鸡蛋, 鸡蛋番茄, …"""
+    return {"".join(ingredients) for ingredients, _ in _DISHES.values()}
+
+
 # -------------------------------------------------------------------------------------- images
 
 

@@ -7,8 +7,9 @@ of whether a network understands people.
 `SpokenDishes` is a dataset of drawn dishes with their spoken names. Speed and pitch vary from name
 to name. One voice is held out.
 
-A sound is float32 [N] in [-1, 1], SAMPLE_RATE values a second. The file needs numpy, torch and the
-packages soundfile and soxr.
+A sound is float32 [N] in [-1, 1], SAMPLE_RATE values a second. The file needs numpy, torch, the
+packages soundfile and soxr and, beside it, dishes.py, dish_scene.py, dish_rendering.py and
+dish_shapes.py.
 
 >>> sorted(VOICES)[:2], HELD_OUT_VOICE in VOICES
 (['f1', 'f2'], False)
@@ -22,6 +23,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+
+from .dishes import collate_captions
 
 SAMPLE_RATE = 16_000    # Hz
 VOICES = ("f1", "f2", "f3", "m1", "m3", "m7")   # variants of espeak-ng: female and male
@@ -37,22 +40,30 @@ def has_speech() -> bool:
 def speak(text: str, voice: str = "f2", speed: int = 170, pitch: int = 50) -> np.ndarray:
     """Synthesise Mandarin speech: float32 [N].
 
-    voice: a variant of espeak-ng, such as one of VOICES. speed: as espeak-ng's option -s,
-    80 … 450. pitch: 0 … 99.
+    voice: one of VOICES, or HELD_OUT_VOICE. speed: as espeak-ng's option -s, 80 … 450.
+    pitch: 0 … 99.
 
-    Raises FileNotFoundError if espeak-ng is not installed, and ValueError for blank text.
+    Raises FileNotFoundError if espeak-ng is not installed, and ValueError for blank text, another
+    voice, and a speed or pitch out of range.
     """
     import soundfile
     import soxr
 
     if not text.strip():
         raise ValueError(f"there is nothing to say in {text!r}")
+    if voice not in (*VOICES, HELD_OUT_VOICE):
+        raise ValueError(f"voice is one of {', '.join((*VOICES, HELD_OUT_VOICE))}, not {voice!r}")
+    if not 80 <= speed <= 450 or not 0 <= pitch <= 99:
+        raise ValueError(f"speed is 80 to 450 and pitch 0 to 99, not {speed} and {pitch}")
     if not has_speech():
         raise FileNotFoundError(
             "speech needs the program espeak-ng: apt install espeak-ng, or brew install espeak-ng"
         )
-    command = ["espeak-ng", "-v", f"cmn+{voice}", "-s", str(speed), "-p", str(pitch), "--stdout"]
-    done = subprocess.run([*command, text], capture_output=True)
+    voice_options = ["-v", f"cmn+{voice}", "-s", str(speed), "-p", str(pitch)]
+    done = subprocess.run(
+        ["espeak-ng", *voice_options, "-b", "1", "--stdin", "--stdout"],    # -b 1: text is UTF-8
+        input=text.encode(), capture_output=True,
+    )
     if done.returncode or not done.stdout:
         raise ValueError(f"espeak-ng cannot say {text!r}: {done.stderr.decode(errors='replace')}")
     samples, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32")
@@ -89,8 +100,4 @@ class SpokenDishes(torch.utils.data.Dataset):
         sound = speak_variation(name, self.voices, index % VARIATIONS)
         return image, torch.from_numpy(sound / np.float32(32767))
 
-    @staticmethod
-    def collate(items) -> tuple[torch.Tensor, list]:
-        """A batch of items: (images [B, ...], list of the B sounds, which differ in length)."""
-        images, sounds = zip(*items)
-        return torch.stack(images), list(sounds)
+    collate = staticmethod(collate_captions)

@@ -1,14 +1,14 @@
 """Presets for other conditions than captions: sounds, spoken names, reference images, beats.
 
-A condition is whatever gives a context and a mask. Each function returns a trained model with
-another encoder, and says what its captions become:
+A condition is whatever gives a context and a mask. Each function takes a trained model, and returns
+it with a new, untrained encoder. What its captions become:
 
     add_audio_encoder       (sound, ingredients): how the dish is cooked is heard
     hear_names              the sound of a spoken name
-    add_image_prompt        (ingredients, reference image): "this table and this plate, that dish"
+    add_image_prompt        (reference image, ingredients): "this table and this plate, that dish"
     add_beats               (name of a film, beats), for a model of films
 
-What was trained before is frozen, but for `add_beats`. `train_condition` trains the rest. The UNet
+All but `add_beats` freeze the given model, in place; `train_condition` trains what is new. The UNet
 was trained on names such as 番茄炒鸡蛋; a new encoder learns token embeddings that it understands.
 
 >>> from .generate import generate_images
@@ -35,9 +35,7 @@ from .pretrained import Model
 
 def add_audio_encoder(model: Model) -> Model:
     """Add an audio encoder beside the text encoder: captions become (sound, ingredients)."""
-    freeze(model)
-    audio = AudioEncoder(model.encoder.dim).to(model.network.conv_in.weight.device)
-    return model._replace(encoder=JointEncoder(audio, model.encoder))
+    return model._replace(encoder=JointEncoder(hear_names(model).encoder, model.encoder))
 
 
 def hear_names(model: Model) -> Model:
@@ -48,13 +46,13 @@ def hear_names(model: Model) -> Model:
 
 
 def add_image_prompt(model: Model) -> Model:
-    """Add an adapter for images to the UNet: captions become (ingredients, reference image)."""
+    """Add an adapter for images to the UNet: captions become (reference image, ingredients)."""
     freeze(model)
     images = ImageEncoder(model.encoder.dim).to(model.network.conv_in.weight.device)
     network = ImagePromptUNet.from_unet(model.network, images.tokens).requires_grad_(False)
     for parameter in network.adapter_parameters():
         parameter.requires_grad_(True)
-    return model._replace(network=network, encoder=JointEncoder(model.encoder, images))
+    return model._replace(network=network, encoder=JointEncoder(images, model.encoder))
 
 
 def add_beats(model: Model) -> Model:

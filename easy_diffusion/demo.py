@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 
 from datasets.aipos import load_photo
 from datasets.dish_films import MOTIONS
-from datasets.dishes import attributes
+from datasets.dishes import attributes, ingredient_names
 
 from .animation.camera import MOVES
 from .animation.film import animate, mosaic, write_film
@@ -57,7 +57,6 @@ from .images import contact_sheet, encode_png, load_chinese_font
 from .inpainting.control_inpainter import make_control_inpainter
 from .inpainting.stable_diffusion_inpainter import make_stable_diffusion_inpainter
 from .inpainting.stable_diffusion_pipeline import load_pipeline
-from .networks.audio_encoder import load_sound
 from .networks.controlnet import load_controlnet
 from .pretrained import load_model, load_sound_model
 from .training.data_loader import derive_seed
@@ -121,8 +120,6 @@ def main(arguments=None) -> int:
     start = time.perf_counter()
     load_chinese_font(12)       # raises here, rather than at the end, if there is no font
     pipeline = load_pipeline(options.sd, options.sd_config) if options.inpainter == "sd" else None
-    if options.sound:
-        options.waveform = load_sound(options.sound)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     print_plan(options)
     if options.motion:
@@ -194,7 +191,12 @@ def print_plan(options) -> None:
     names = "、".join(options.names)
     kind = options.motion or options.move
     print(f"{names}, {kind}, on {device}; all files are in {options.out}/", flush=True)
-    if options.image or options.sound:
+    if options.image:
+        return
+    if options.sound:
+        for name in set(options.names) - ingredient_names():
+            print(f"note: {name} should be the names of one or two ingredients, such as 番茄鸡蛋; "
+                  "the way of cooking is heard", flush=True)
         return
     for name in options.names:
         try:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from datasets.aipos import load_photo, to_eight_bits
 from datasets.dish_films import MOTIONS
+from datasets.dish_sounds import SECONDS
 
 from .animation.camera import MOVES
 from .animation.film import FORMATS
@@ -23,7 +24,7 @@ from .command_line import check_ranges
 from .diffusion.schedule import NoiseSchedule
 from .networks.audio_encoder import load_sound
 from .presets import SIZE
-from .pretrained import WEIGHTS, audio_encoder_path, find_sizes
+from .pretrained import WEIGHTS, find_sizes, find_sound_sizes
 
 
 def parse_options(arguments) -> argparse.Namespace:
@@ -66,8 +67,8 @@ def add_image_options(parser) -> None:
     )
     parser.add_argument(
         "--sound", type=Path, metavar="FILE",
-        help="sound of the cooking, WAV or FLAC; the names are then those of one or two "
-        "ingredients, such as 番茄鸡蛋, and the way of cooking is heard",
+        help="sound of the cooking, WAV or FLAC, of which two seconds are used; the names are then "
+        "those of one or two ingredients, such as 番茄鸡蛋, and the way of cooking is heard",
     )
     parser.add_argument(
         "--image", type=Path, metavar="FILE",
@@ -164,7 +165,7 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
         parser.error("--sound is for a generated dish, without --motion and --image")
     sizes = find_sizes(options.weights, films)
     if options.sound:
-        sizes = [each for each in sizes if audio_encoder_path(options.weights, each).exists()]
+        sizes = find_sound_sizes(options.weights)
     if not hasattr(options, "size"):
         options.size = sizes[-1] if sizes else SIZE
     check_size(parser, options.size)
@@ -175,6 +176,7 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
         parser.error(
             f"--weights {options.weights} has networks {kind}for {known} pixels, not for --size "
             f"{options.size}: python -m easy_diffusion.{command} trains one"
+            f"{'; then add --weights out/sound/weights' * bool(options.sound)}"
         )
 
     # Numbers
@@ -218,7 +220,7 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
         if not options.names:
             parser.error("--sound needs the names of ingredients, such as 番茄鸡蛋")
         try:
-            load_sound(options.sound)
+            options.waveform = load_sound(options.sound, SECONDS)
         except (OSError, ValueError) as error:
             parser.error(f"--sound: {error}")
 

@@ -191,21 +191,28 @@ def save_audio_encoder(folder, size: int, model: Model, training: dict | None = 
     save_tree(audio_encoder_path(folder, size), tree)
 
 
-def load_sound_model(folder=WEIGHTS, size: int | None = None, audio: Path | None = None) -> Model:
+def find_sound_sizes(folder) -> list[int]:
+    """The sizes in pixels for which `folder` holds a model and an audio encoder, increasing."""
+    return [size for size in find_sizes(folder) if audio_encoder_path(folder, size).exists()]
+
+
+def load_sound_model(folder=WEIGHTS, size: int | None = None) -> Model:
     """`load_model`, with an audio encoder beside the text encoder: captions are (sound, caption).
 
-    audio: the file of the audio encoder; None: that of the folder.
+    size: None: the largest that has an audio encoder.
 
     Raises FileNotFoundError, or ValueError for an audio encoder that is damaged or that was trained
     for another UNet.
     """
-    size = size or (find_sizes(folder) or [0])[-1]
-    model = load_model(folder, size)
-    path = Path(audio or audio_encoder_path(folder, size))
-    if not path.exists():
+    sizes = find_sound_sizes(folder)
+    if not sizes or size not in (None, *sizes):
         raise FileNotFoundError(
-            f"no audio encoder {path}: python -m easy_diffusion.train_sound trains one"
+            f"no audio encoder for {size or 'any number of'} pixels in {folder}: "
+            "python -m easy_diffusion.train_sound trains one and writes it to out/sound/weights"
         )
+    size = size or sizes[-1]
+    model = load_model(folder, size)
+    path = audio_encoder_path(folder, size)
     saved = load_tree(path)
     if not isinstance(saved, dict) or "audio_encoder_settings" not in saved:
         raise ValueError(f"{path} is a checkpoint, but not an audio encoder")

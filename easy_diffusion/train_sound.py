@@ -5,9 +5,10 @@ dish is cooked, from sounds that are synthesised (datasets/dish_sounds.py); the 
 ingredients alone. The same command resumes an interrupted training. The files in --out are
 
     weights/                        the model, and audio_encoder_64.safetensors
-    heard_64.png                    held-out pairs of ingredients, each with the sound of every way
-                                    of cooking: generated (left) and drawn (right)
-    sounds/                         these sounds as WAV files, for the demo's --sound
+    sounds/                         a sound of each way of cooking as a WAV file, for the demo's
+                                    --sound; none of them is trained with
+    heard_64.png                    held-out pairs of ingredients, each with every one of these
+                                    sounds: generated (left) and drawn (right)
     training_sounds_64.safetensors  the checkpoint of the training
 
 >>> options = parse_options(["--minutes", "3"])
@@ -21,6 +22,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 
@@ -29,16 +31,18 @@ from datasets.dish_sounds import SAMPLE_RATE, Cooking, cook_sound
 from datasets.dishes import HELD_OUT_PAIRS, draw_dish
 
 from .command_line import check_ranges, check_writable, run_command
-from .condition_presets import add_audio_encoder, hear_dishes, train_condition
+from .condition_presets import add_audio_encoder, train_condition
 from .demo_options import check_size
 from .files import atomic_path, write_atomically
 from .generate import generate_images
 from .images import contact_sheet, encode_png, load_chinese_font
+from .networks.controlnet import compute_weights_checksum
 from .presets import DISHES, SIZE, default_batch_size, prepare_dishes
 from .pretrained import WEIGHTS, Model, load_pixel_model, save_audio_encoder, save_model
 from .training.distributed import check_gpu
 
 SHOWN = 3                       # held-out pairs on the sheet
+SEED = 10 ** 9                  # of the sounds that are shown, larger than those of the training
 
 
 def parse_options(arguments) -> argparse.Namespace:
@@ -89,7 +93,7 @@ def main(arguments=None) -> int:
     load_chinese_font(12)       # raises here, rather than after the training, if there is no font
     model = load_pixel_model(options.weights, options.size)
     weights = options.out / "weights"
-    save_model(weights, options.size, model)
+    checksum = compute_weights_checksum(model.network)
     dishes = prepare_dishes(options.out / f"dishes_{options.size}", options.dishes, options.size)
     torch.manual_seed(0)
     model = add_audio_encoder(model)
@@ -97,34 +101,41 @@ def main(arguments=None) -> int:
     steps = train_condition(
         model, Cooking(dishes), options.minutes, options.batch_size, checkpoint
     )
+    if compute_weights_checksum(model.network) != checksum:
+        raise ValueError(
+            f"{checkpoint} belongs to a training with other --weights; give another --out"
+        )
+    save_model(weights, options.size, model._replace(encoder=model.encoder.second))
     save_audio_encoder(weights, options.size, model, {"steps": steps})
     sheet = options.out / f"heard_{options.size}.png"
-    write_sheet(sheet, model, options.size)
-    write_sounds(options.out / "sounds")
+    sounds = {way: cook_sound(way, seed=SEED) for way in WAYS}
+    write_sheet(sheet, model, options.size, sounds)
+    write_sounds(options.out / "sounds", sounds)
     for written in (weights, sheet, options.out / "sounds"):
         print(f"wrote {written}")
     return 0
 
 
-def write_sheet(path: Path, model: Model, size: int) -> None:
+def write_sheet(path: Path, model: Model, size: int, sounds: dict[str, np.ndarray]) -> None:
     """Write held-out dishes that were heard, beside drawn ones: a row for each way of cooking."""
     pairs = random.Random(0).sample(sorted(HELD_OUT_PAIRS), SHOWN)
     names = [way.name_with_two.format(*pair) for way in WAYS.values() for pair in pairs]
+    captions = [
+        (torch.from_numpy(sound), "".join(pair)) for sound in sounds.values() for pair in pairs
+    ]
     network, encoder, diffusion, _ = model
-    images = generate_images(
-        network, encoder, diffusion, hear_dishes(names), size, show_progress=True
-    )
+    images = generate_images(network, encoder, diffusion, captions, size, show_progress=True)
     drawn = [draw_dish(name, size, seed=1).transpose(1, 2, 0) for name in names]
     cells = [list(pair) for pair in zip(images, drawn)]
     write_atomically(path, encode_png(contact_sheet(cells, names, columns=SHOWN)))
 
 
-def write_sounds(folder: Path) -> None:
+def write_sounds(folder: Path, sounds: dict[str, np.ndarray]) -> None:
     """Write the sound of each way of cooking as a WAV file."""
     folder.mkdir(exist_ok=True)
-    for way in WAYS:
+    for way, sound in sounds.items():
         with atomic_path(folder / f"{way}.wav") as temporary:
-            soundfile.write(temporary, cook_sound(way), SAMPLE_RATE, format="WAV")
+            soundfile.write(temporary, sound, SAMPLE_RATE, format="WAV")
 
 
 if __name__ == "__main__":

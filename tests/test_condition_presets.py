@@ -41,7 +41,7 @@ def add_beats_to_films(model):
     [
         (add_audio_encoder, Cooking(Dishes(4, 32), 0.3), {"encoder.first"}),
         (hear_names, Spoken(), {"encoder"}),
-        (add_image_prompt, ReferencedDishes(4, 32), {"network", "encoder.second"}),
+        (add_image_prompt, ReferencedDishes(4, 32), {"network", "encoder.first"}),
         (add_beats_to_films, BeatFilms(4, 32, frames=4), {"network", "encoder"}),
     ],
 )
@@ -73,8 +73,8 @@ def test_an_untrained_image_prompt_changes_no_pixel(random_weights):
     model = load_model(random_weights, 32)
     before = generate_images(*model[:3], ["番茄鸡蛋"], 32, steps=2)
     network, encoder, diffusion, _ = add_image_prompt(model)
-    image, (ingredients, reference) = ReferencedDishes(4, 32)[0]
-    after = generate_images(network, encoder, diffusion, [("番茄鸡蛋", reference)], 32, steps=2)
+    _, (reference, _) = ReferencedDishes(4, 32)[0]
+    after = generate_images(network, encoder, diffusion, [(reference, "番茄鸡蛋")], 32, steps=2)
     assert np.abs(before.astype(int) - after).max() <= 1
 
 

@@ -5,9 +5,10 @@
     mel(ν)    = 2595 log10(1 + ν / 700)                           O'Shaughnessy 1987, for ν in Hz
 
 The filters M are MELS overlapping triangles, equally wide on the mel scale, on which equal steps
-sound alike. Four convolutions, each with stride 2, make tokens of STRIDE frames; a transformer lets
-the tokens attend to each other (the layout of Radford et al., "Robust Speech Recognition via
-Large-Scale Weak Supervision", 2022, section 2.2, which has one such convolution).
+are heard as equal differences of pitch. Four convolutions, each with stride 2, make tokens of
+STRIDE frames; a transformer lets the tokens attend to each other (the layout of Radford et al.,
+"Robust Speech Recognition via Large-Scale Weak Supervision", 2022, section 2.2, which has one such
+convolution).
 
 Silence has no tokens. A token whose frames are all silent is masked, so that a silent sound leaves
 the start token alone, and so does the empty sound "". It is the unconditional element: caption
@@ -38,13 +39,15 @@ HOP = 160               # samples from one frame to the next, 10 ms
 MELS = 64
 FLOOR = 1e-6            # power below which a filter is silent: a sine of amplitude 1e-5
 STRIDE = 16             # frames of a token, 160 ms
+MIN_LOUDNESS = 1e-4     # of a sound file, the largest absolute value
+SILENT = 1e-2           # of S - log10(FLOOR), over 5; more than the rounding of half precision
 
 
 # ---------------------------------------------------------------- spectrogram
 
 
 def mel_filters() -> torch.Tensor:
-    """The triangular filters M, float32 [N_FFT/2 + 1, MELS]; each has its maximum 1 in its middle.
+    """The filters M, float32 [N_FFT/2 + 1, MELS], triangles of height 1 at these frequencies.
 
     The corners of filter m are the points m, m + 1 and m + 2 of MELS + 2 points that are equally
     spaced on the mel scale, from 0 to SAMPLE_RATE / 2.
@@ -61,15 +64,17 @@ def mel_filters() -> torch.Tensor:
 def log_mel_spectrogram(sounds: torch.Tensor) -> torch.Tensor:
     """Log-mel spectrogram S of sounds [B, N] → float32 [B, MELS, 1 + N // HOP].
 
-    Frame f is centred at sample f·HOP; before and after the sound there is silence.
+    Frame f is centred at sample f·HOP; before and after the sound there is silence. It is computed
+    in float32 also under autocast, since half precision cannot represent FLOOR and large powers.
     """
-    window = torch.hann_window(N_FFT, device=sounds.device)
-    spectrum = torch.stft(
-        sounds.float(), N_FFT, HOP, window=window, pad_mode="constant", return_complex=True
-    )                                                                       # [B, N_FFT/2+1, frames]
-    power = spectrum.abs().square()
-    mel = mel_filters().to(sounds.device).T @ power                         # [B, MELS, frames]
-    return mel.clamp(min=FLOOR).log10()
+    with torch.autocast(sounds.device.type, enabled=False):
+        window = torch.hann_window(N_FFT, device=sounds.device)
+        spectrum = torch.stft(
+            sounds.float(), N_FFT, HOP, window=window, pad_mode="constant", return_complex=True
+        )                                                                   # [B, N_FFT/2+1, frames]
+        power = spectrum.abs().square()
+        mel = mel_filters().to(sounds.device).T @ power                     # [B, MELS, frames]
+        return mel.clamp(min=FLOOR).log10()
 
 
 # ---------------------------------------------------------------- encoder
@@ -80,7 +85,7 @@ class AudioEncoder(nn.Module):
 
     A sound is float [N] in [-1, 1] at SAMPLE_RATE, of any length N, or "" for none.
 
-    dim: D, a multiple of the number of heads.
+    dim: D, even, and a multiple of the number of heads, else ValueError.
 
     `forward` raises ValueError for a sound of another shape, or with a value that is not finite.
     The attribute `settings` is the dict of these arguments.
@@ -90,6 +95,8 @@ class AudioEncoder(nn.Module):
 
     def __init__(self, dim: int = 128, layers: int = 2, heads: int = 4):
         super().__init__()
+        if dim % 2 or dim % heads:
+            raise ValueError(f"dim must be even and a multiple of {heads} heads, not {dim}")
         self.settings = dict(dim=dim, layers=layers, heads=heads)
         self.dim = dim
         self.start = nn.Parameter(torch.randn(dim) * 0.02)
@@ -103,23 +110,24 @@ class AudioEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, sounds: list) -> tuple[torch.Tensor, torch.Tensor]:
-        waveforms = [check_sound(sound) for sound in sounds]
+        waveforms = [check_sound(sound).to(self.start.device) for sound in sounds]
         batch = nn.utils.rnn.pad_sequence(waveforms, batch_first=True)      # [B, N]
         # Silence after the sound, so that all frames that overlap it are there, in whole tokens
         tokens = -(-(batch.shape[1] + N_FFT) // (STRIDE * HOP))
         batch = F.pad(batch, (0, (STRIDE * tokens - 1) * HOP - batch.shape[1]))
-        return self.encode(log_mel_spectrogram(batch.to(self.start.device)))
+        return self.encode(log_mel_spectrogram(batch))
 
     def encode(self, spectrogram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Context and mask of log-mel spectrograms [B, MELS, frames], whole tokens of frames."""
         h = (spectrogram - math.log10(FLOOR)) / 5                           # 0 is silence
         loudest = h.amax(dim=1).unflatten(1, (-1, STRIDE)).amax(dim=2)      # [B, L - 1]
+        h = h.to(self.start.dtype)
         for conv in self.convs:
             h = F.gelu(conv(h))                                             # the frames halve
         h = h.transpose(1, 2)                                               # [B, L - 1, D]
-        h = h + embed_positions(h.shape[1], self.dim, h.device)
+        h = h + embed_positions(h.shape[1], self.dim, h.device).to(h.dtype)
         start = self.start.expand(len(h), 1, -1)
-        mask = F.pad(loudest > 1e-3, (1, 0), value=True)                    # [B, L]
+        mask = F.pad(loudest > SILENT, (1, 0), value=True)                  # [B, L]
         context = torch.cat([start, h], dim=1)                              # [B, L, D]
         context = self.transformer(context, src_key_padding_mask=~mask)
         return self.norm(context), mask
@@ -130,8 +138,13 @@ def check_sound(sound) -> torch.Tensor:
     if isinstance(sound, str) and sound == "":
         return torch.zeros(1)
     if not isinstance(sound, torch.Tensor) or sound.ndim != 1 or not sound.is_floating_point():
-        given = f"{sound.dtype} {tuple(sound.shape)}" if hasattr(sound, "dtype") else repr(sound)
-        raise ValueError(f'a sound is a float tensor [N], or "" for none, not {given}')
+        given = repr(sound)
+        if hasattr(sound, "dtype"):
+            given = f"a {type(sound).__name__} of {sound.dtype} {tuple(sound.shape)}"
+        raise ValueError(
+            f'a sound is a float torch.Tensor [N], or "" for none, not {given}; '
+            "torch.from_numpy makes one of an array"
+        )
     if not sound.isfinite().all():
         raise ValueError("the sound has values that are not finite")
     return sound.float() if len(sound) else torch.zeros(1)
@@ -168,7 +181,7 @@ class JointEncoder(nn.Module):
         self.uncond = (first.uncond, second.uncond)
 
     def forward(self, pairs: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = zip(*pairs)
+        first, second = zip(*check_pairs(pairs))
         contexts, masks = zip(self.first(list(first)), self.second(list(second)))
         return torch.cat(contexts, dim=1), torch.cat(masks, dim=1)
 
@@ -178,8 +191,9 @@ class BeatEncoder(nn.Module):
 
     The last token of frame f is a linear function of its beat. A VideoUNet takes such a context.
 
-    beats: float [F] in [0, 1], of the same F in a batch; None: without, all frames alike. If all
-        pairs of a batch have None, the context is [B, L, D], that of the captions.
+    beats: a tensor, float [F] in [0, 1], of the same F in a batch, else ValueError; None: without,
+        all frames alike. If all pairs of a batch have None, the context is [B, L, D], that of the
+        captions.
 
     encoder: of the captions.
     """
@@ -192,18 +206,29 @@ class BeatEncoder(nn.Module):
         self.uncond = (encoder.uncond, None)
 
     def forward(self, pairs: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
-        captions, beats = zip(*pairs)
+        captions, beats = zip(*check_pairs(pairs))
         context, mask = self.encoder(list(captions))                        # [B, L - 1, D]
         given = [beat is not None for beat in beats]
         if not any(given):
             return context, mask
         frames = len(beats[given.index(True)])
-        values = [beat if beat is not None else torch.zeros(frames) for beat in beats]
+        for beat in beats:
+            if beat is not None and tuple(getattr(beat, "shape", ())) != (frames,):
+                raise ValueError(f"beats are a float tensor [{frames}] for all films, not {beat!r}")
+        values = [torch.zeros(frames) if beat is None else torch.as_tensor(beat) for beat in beats]
         tokens = self.beat(torch.stack(values).to(context)[..., None])      # [B, F, D]
         has_beat = torch.tensor(given, device=mask.device)[:, None, None].expand(-1, frames, 1)
         context = context[:, None].expand(-1, frames, -1, -1)
         mask = mask[:, None].expand(-1, frames, -1)
         return torch.cat([context, tokens[:, :, None]], dim=2), torch.cat([mask, has_beat], dim=2)
+
+
+def check_pairs(pairs: list) -> list:
+    """Return pairs, or raise ValueError for captions that are none."""
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"this encoder takes pairs, not {pair!r}")
+    return pairs
 
 
 # ---------------------------------------------------------------- files
@@ -216,8 +241,8 @@ def load_sound(path, seconds: float | None = None) -> torch.Tensor:
 
     seconds: read at most these from the start; None: all.
 
-    Raises FileNotFoundError, or ValueError for a file that is no sound, that is empty, or that has
-    values that are not finite.
+    Raises FileNotFoundError, or ValueError for a file that is no sound, that is empty, that has
+    values that are not finite, or that is silent.
     """
     import soundfile
     import soxr
@@ -229,11 +254,16 @@ def load_sound(path, seconds: float | None = None) -> torch.Tensor:
             rate = file.samplerate
             frames = -1 if seconds is None else round(seconds * rate)
             samples = file.read(frames, dtype="float32", always_2d=True)    # [N, channels]
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path} is no sound file that can be read: {error}") from error
+    except (soundfile.LibsndfileError, TypeError) as error:    # TypeError: a .raw file has no rate
+        raise ValueError(
+            f"{path} is no sound file that can be read: {error} Other formats are converted by, "
+            f"for example, ffmpeg -i {path} sound.wav"
+        ) from error
     if len(samples) == 0:
         raise ValueError(f"{path} has no samples")
     samples = samples.mean(axis=1)
+    if abs(samples).max() < MIN_LOUDNESS:
+        raise ValueError(f"{path} is silent")
     if rate != SAMPLE_RATE:
         samples = soxr.resample(samples, rate, SAMPLE_RATE)
     try:

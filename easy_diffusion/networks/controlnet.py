@@ -236,19 +236,28 @@ class Controlled(nn.Module):
 def control_frames(controlnet: ControlNet, x, t, control, context, mask) -> list[torch.Tensor]:
     """The residuals for each frame of films x [B, C, F, H, W]: [B·F, ...] each.
 
-    control: [B or 1, C, F, H, W]. context: [B or 1, L, D].
+    control: [B or 1, C, F, H, W]. context: [B or 1, L, D], or [B or 1, F, L, D] for each frame.
+
+    Raises ValueError for a control that is no film.
     """
+    if control.ndim != 5:
+        raise ValueError(
+            f"the control of a film is [B, C, F, H, W], not of the shape {tuple(control.shape)}"
+        )
     batch, frames = len(x), x.shape[2]
 
-    def repeat(y):
+    def repeat(y, per_frame=False):
         """One row for each frame of each film."""
         if y is None:
             return None
-        return y.expand(batch, *y.shape[1:]).repeat_interleave(frames, dim=0)
+        y = y.expand(batch, *y.shape[1:])
+        return y.flatten(0, 1) if per_frame else y.repeat_interleave(frames, dim=0)
 
+    per_frame = context is not None and context.ndim == 4
     control = control.expand(batch, *control.shape[1:])
     images, controls = (film.transpose(1, 2).flatten(0, 1) for film in (x, control))
-    return controlnet(images, repeat(t), controls, repeat(context), repeat(mask))
+    context, mask = repeat(context, per_frame), repeat(mask, per_frame)
+    return controlnet(images, repeat(t), controls, context, mask)
 
 
 class ControlTraining(nn.Module):

@@ -4,16 +4,16 @@
 
 K and V come from the tokens of the caption, as in every cross-attention; K' and V' come from the
 tokens of a reference image, by projections of their own (Ye et al., "IP-Adapter: Text Compatible
-Image Prompt Adapter for Text-to-Image Diffusion Models", 2023, eq. 5). The queries are the same.
-The UNet is frozen. K' begins as a copy of K, and V' at zero, so that an untrained adapter changes
-no bit of the output.
+Image Prompt Adapter for Text-to-Image Diffusion Models", 2023, section 3.2). The queries are the
+same. The UNet is frozen. Here K' begins as a copy of K, and V' at zero, so that an untrained
+adapter changes no bit of the output.
 
 `ImageEncoder` makes the tokens of the reference image, with the contract of a text encoder. The
-two contexts are concatenated, those of the image last, so that an ImagePromptUNet is called like
-any other network, and captions and images are dropped together or alone in training:
+two contexts are concatenated, that of the image first, so that an ImagePromptUNet is called like
+any other network:
 
-    encoder = JointEncoder(text_encoder, image_encoder)             (audio_encoder.py)
-    context, mask = encoder([("番茄鸡蛋", image), ("豆腐", "")])
+    encoder = JointEncoder(image_encoder, text_encoder)             (audio_encoder.py)
+    context, mask = encoder([(image, "番茄鸡蛋"), ("", "豆腐")])
 
 The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py, unet.py,
 stable_diffusion_weights.py and weights_io.py.
@@ -23,7 +23,7 @@ stable_diffusion_weights.py and weights_io.py.
 >>> network = ImagePromptUNet.from_unet(unet, image_tokens=encoder.tokens)
 >>> x_t, t, text = torch.randn(2, 3, 16, 16), torch.tensor([10, 500]), torch.randn(2, 5, 32)
 >>> image_context, _ = encoder([torch.zeros(3, 64, 64, dtype=torch.uint8), ""])
->>> torch.equal(network(x_t, t, torch.cat([text, image_context], dim=1)), unet(x_t, t, text))
+>>> torch.equal(network(x_t, t, torch.cat([image_context, text], dim=1)), unet(x_t, t, text))
 True
 """
 
@@ -70,14 +70,18 @@ class ImageEncoder(nn.Module):
         device = self.start.device
         for image in images:
             check_image(image)
-        given = [image for image in images if not isinstance(image, str)]
-        has_image = torch.tensor([not isinstance(image, str) for image in images], device=device)
+        has_image = torch.tensor([not isinstance(image, str) for image in images])
+        given = [image.to(device) for image in images if not isinstance(image, str)]
+        if len({image.shape for image in given}) > 1:
+            sizes = ", ".join(sorted({str(tuple(image.shape)) for image in given}))
+            raise ValueError(f"the reference images of a batch have one size, not {sizes}")
         h = self.position.new_zeros(len(images), GRID ** 2, self.dim)
         if given:
-            x = torch.stack(given).to(device).to(self.start) / 127.5 - 1    # [N, 3, H, W]
-            h[has_image] = self.layers(x).flatten(2).transpose(1, 2) + self.position
+            x = torch.stack(given).to(self.start) / 127.5 - 1               # [N, 3, H, W]
+            tokens = self.layers(x).flatten(2).transpose(1, 2) + self.position
+            h[has_image.nonzero().flatten().to(device)] = tokens.to(h.dtype)
         context = torch.cat([self.start.expand(len(images), 1, -1), h], dim=1)
-        mask = has_image[:, None].expand(-1, GRID ** 2)
+        mask = has_image[:, None].expand(-1, GRID ** 2).to(device)
         return self.norm(context), F.pad(mask, (1, 0), value=True)
 
 
@@ -99,7 +103,7 @@ def check_image(image) -> None:
 class DecoupledAttention(Attention):
     """Cross-attention to the tokens of a caption and, beside them, of an image.
 
-    image_tokens: I, of the L tokens of the context the last ones are those of the image.
+    image_tokens: I; the first I of the L tokens of the context are those of the image.
     scale: of what the image adds; an attribute that may be changed.
     """
 
@@ -111,8 +115,8 @@ class DecoupledAttention(Attention):
         self.to_v_image = zero_init(nn.Linear(context_dim, dim, bias=False))
 
     def forward(self, x, context=None, mask=None):
-        text, image = split_tokens(context, self.image_tokens)
-        text_mask, image_mask = split_tokens(mask, self.image_tokens)
+        image, text = split_tokens(context, self.image_tokens)
+        image_mask, text_mask = split_tokens(mask, self.image_tokens)
         q = self.split_heads(self.to_q(x))                                  # [B, heads, N, d]
         k, v = (self.split_heads(layer(text)) for layer in (self.to_k, self.to_v))
         out = attend(q, k, v, text_mask)
@@ -122,12 +126,12 @@ class DecoupledAttention(Attention):
 
 
 def split_tokens(y, image_tokens: int):
-    """The tokens of the caption and those of the image, of a context or a mask: [B, L, ...]."""
-    return (None, None) if y is None else (y[:, :-image_tokens], y[:, -image_tokens:])
+    """The tokens of the image and those of the caption, of a context or a mask [B, L, ...]."""
+    return (None, None) if y is None else (y[:, :image_tokens], y[:, image_tokens:])
 
 
 class ImagePromptUNet(UNet):
-    """A UNet that also attends to an image, whose tokens are the last ones of the context.
+    """A UNet that also attends to an image, whose tokens are the first ones of the context.
 
     image_tokens: their number. settings: those of UNet, by name; with a context_dim.
 
@@ -169,6 +173,6 @@ class ImagePromptUNet(UNet):
                 module.scale = scale
 
     def embed_time(self, t, context=None, mask=None):
-        context, _ = split_tokens(context, self.image_tokens)
-        mask, _ = split_tokens(mask, self.image_tokens)
+        _, context = split_tokens(context, self.image_tokens)
+        _, mask = split_tokens(mask, self.image_tokens)
         return super().embed_time(t, context, mask)

@@ -213,13 +213,19 @@ class VideoUNet(UNet):
             """One row for each frame of each film; a row for all films stays one."""
             if per_frame:                                           # [B or 1, F, ...]
                 return y.expand(len(x), *y.shape[1:]).flatten(0, 1)
-            return y if y is None or len(y) == 1 != len(x) else y.repeat_interleave(frames, dim=0)
+            if y is None or (len(y) == 1 and len(x) > 1):
+                return y
+            return y.repeat_interleave(frames, dim=0)
 
         # The frames become images; t and the context are repeated for each of them.
         h = x.to(dtype).transpose(1, 2).flatten(0, 1)               # [B·F, C, H, W]
         per_frame = context is not None and context.ndim == 4
         if per_frame and context.shape[1] != frames:
             raise ValueError(f"a context of {context.shape[1]} frames does not fit {frames}")
+        if mask is not None and mask.shape[1:] != context.shape[1:-1]:
+            raise ValueError(
+                f"a mask {tuple(mask.shape)} does not fit a context {tuple(context.shape)}"
+            )
         context = None if context is None else repeat(context.to(dtype), per_frame)
         mask = repeat(mask, per_frame and mask is not None)
         time_embedding = self.embed_time(repeat(t), context, mask)

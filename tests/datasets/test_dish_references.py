@@ -35,13 +35,13 @@ def test_a_dataset_gives_the_dishes_with_references():
     dishes = Dishes(6, 32, "held_out", seed=2)
     assert len(dataset) == 6
     for i in range(6):
-        image, (ingredients, reference) = dataset[i]
+        image, (reference, ingredients) = dataset[i]
         expected, name = dishes[i]
         assert torch.equal(image, expected)
         assert ingredients == "".join(attributes(name).ingredients)
         assert reference.shape == image.shape and reference.dtype == torch.uint8
         assert find_tabletop(reference.numpy()) == find_tabletop(image.numpy())
         assert (reference != image).float().mean() > 0.05
-        assert torch.equal(reference, dataset[i][1][1])
+        assert torch.equal(reference, dataset[i][1][0])
     images, captions = dataset.collate([dataset[i] for i in range(6)])
     assert images.shape == (6, 3, 32, 32) and len(captions) == 6

@@ -89,6 +89,14 @@ def test_a_film_hops_exactly_where_its_sound_crackles():
         assert all((frame != still[0]).mean() > 0.02 for frame in film.frames[film.is_tossed])
 
 
+@pytest.mark.parametrize("frames", range(4, 13))
+def test_the_beats_of_films_of_any_length_are_found(frames):
+    films = [draw_beat_film("番茄炒鸡蛋", 32, seed, frames) for seed in range(20)]
+    for film in films:
+        assert 1 <= film.is_tossed.sum() < frames / 2
+        assert np.array_equal(beats(film.sound, frames) > 0.5, film.is_tossed)
+
+
 def test_a_film_is_reproducible_and_refuses_a_wrong_index():
     dataset = BeatFilms(3, 32, seed=5)
     frames, (name, beat) = dataset[2]

@@ -42,9 +42,16 @@ def test_speech_is_reproducible_and_depends_on_all_its_arguments():
 
 
 @needs_speech
+def test_text_is_never_an_option():
+    assert len(speak("--version")) > 0
+
+
 def test_what_cannot_be_said_is_refused():
     with pytest.raises(ValueError, match="'  '"):
         speak("  ")
+    for wrong in (dict(voice="x9"), dict(speed=10_000), dict(pitch=-1)):
+        with pytest.raises(ValueError, match=str(*wrong.values())):
+            speak("番茄汤", **wrong)
 
 
 @needs_speech

@@ -93,6 +93,27 @@ def test_tokens_of_silent_frames_are_masked(encoder):
     assert mask[0, :4].all() and mask[0, 11:13].all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_hears_the_same(encoder, dtype):
+    """Under autocast, and with weights of that type: the mask is the same, the context similar."""
+    sounds = [0.9 * torch.ones(SAMPLE_RATE), make_sound(0.3), ""]
+    context, mask = encoder(sounds)
+    with torch.autocast("cpu", dtype):
+        contexts = [encoder(sounds)]
+    contexts.append(encoder.to(dtype)(sounds))
+    for half_context, half_mask in contexts:
+        assert torch.equal(half_mask, mask)
+        difference = (half_context.float() - context)[mask]
+        assert difference.abs().max() < 0.3 and difference.std() < 0.05
+
+
+def test_a_dimension_that_does_not_fit_is_refused():
+    for dim in (9, 6):
+        with pytest.raises(ValueError, match=f"not {dim}"):
+            AudioEncoder(dim=dim, heads=4 if dim == 6 else 3)
+
+
 def test_all_weights_have_gradients(encoder):
     context, mask = encoder([make_sound(0.3)])
     (context * torch.randn_like(context)).sum().backward()
@@ -105,6 +126,7 @@ def test_all_weights_have_gradients(encoder):
         (torch.zeros(2, 100), r"float32 \(2, 100\)"),
         (torch.zeros(100, dtype=torch.int16), r"int16 \(100,\)"),
         ("番茄", "番茄"),
+        (np.zeros(10, np.float32), "ndarray of float32"),
         (torch.tensor([0.0, float("nan")]), "not finite"),
         (torch.tensor([0.0, float("inf")]), "not finite"),
     ],
@@ -126,6 +148,8 @@ def test_two_encoders_are_joined(encoder):
     assert torch.equal(mask, torch.cat([mask_a, mask_b], dim=1))
     _, mask = both([both.uncond])
     assert mask.sum() == 2                      # the two start tokens
+    with pytest.raises(ValueError, match="takes pairs, not '番茄炒鸡蛋'"):
+        both(["番茄炒鸡蛋"])
     with pytest.raises(ValueError, match="32 and 16"):
         JointEncoder(encoder, CharacterEncoder("番茄", dim=16))
 
@@ -144,6 +168,8 @@ def test_beats_are_the_last_token_of_each_frame():
     slope = context[0, 1, 5] - context[0, 0, 5]
     torch.testing.assert_close(context[0, 2, 5], context[0, 0, 5] + slope / 2)
     assert encoder([encoder.uncond])[0].shape == (1, 1, 32)
+    with pytest.raises(ValueError, match=r"float tensor \[4\]"):
+        encoder([("番茄", beats), ("番茄", beats[:3])])
 
 
 # ---------------------------------------------------------------- files

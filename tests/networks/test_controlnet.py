@@ -275,6 +275,13 @@ def test_each_frame_of_a_film_has_its_control():
         expected = image(film[:, :, f], t, context)
         torch.testing.assert_close(out[:, :, f], expected, rtol=0, atol=1e-5)
 
+    # A context for each frame
+    per_frame = context[:, None].repeat(1, 4, 1, 1)
+    controlled = Controlled(video, [Control(controlnet, control)])
+    torch.testing.assert_close(controlled(film, t, per_frame), out, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\(2, 1, 16, 16\)"):
+        Controlled(video, [Control(controlnet, control[:, :, 0])])(film, t, context)
+
     # One control film, and one caption, serve all films.
     one = Controlled(video, [Control(controlnet, control[:1])])
     same = Controlled(video, [Control(controlnet, control[:1].expand(2, -1, -1, -1, -1))])

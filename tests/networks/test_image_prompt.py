@@ -45,7 +45,7 @@ def test_an_untrained_adapter_changes_no_bit_but_has_a_gradient(pooled):
     network = ImagePromptUNet.from_unet(unet, encoder.tokens)
     x, t, text, mask, image = inputs()
     context, image_mask = encoder([image, ""])
-    out = network(x, t, torch.cat([text, context], 1), torch.cat([mask, image_mask], 1))
+    out = network(x, t, torch.cat([context, text], 1), torch.cat([image_mask, mask], 1))
     assert torch.equal(out, unet(x, t, text, mask))
     out.square().mean().backward()
     adapter = dict(network.named_parameters())
@@ -61,10 +61,10 @@ def test_the_output_is_the_sum_of_two_attentions():
     torch.nn.init.normal_(attention.to_v_image.weight)
     x, context = torch.randn(2, 9, 32), torch.randn(2, 8, 16)
     mask = torch.ones(2, 8, dtype=torch.bool)
-    mask[0, 3:5] = mask[1, 6:] = False
+    mask[0, 6:] = mask[1, 1:3] = False
     parts = []
     for names, tokens in (
-        (("to_k", "to_v"), slice(None, 5)), (("to_k_image", "to_v_image"), slice(5, None))
+        (("to_k", "to_v"), slice(3, None)), (("to_k_image", "to_v_image"), slice(3))
     ):
         plain = Attention(32, 16, heads=4)
         plain.to_q = attention.to_q
@@ -85,7 +85,7 @@ def test_scale_0_is_the_unet_alone():
         torch.nn.init.normal_(parameter)
     x, t, text, mask, image = inputs()
     context, image_mask = encoder([image, image])
-    arguments = torch.cat([text, context], 1), torch.cat([mask, image_mask], 1)
+    arguments = torch.cat([context, text], 1), torch.cat([image_mask, mask], 1)
     assert (network(x, t, *arguments) - unet(x, t, text, mask)).abs().max() > 0.01
     network.set_scale(0)
     torch.testing.assert_close(
@@ -112,6 +112,28 @@ def test_what_is_no_reference_image_is_refused(image, message):
         ImageEncoder(dim=16)([image])
 
 
+def test_images_of_different_sizes_are_refused():
+    images = [torch.zeros(3, side, side, dtype=torch.uint8) for side in (32, 64)]
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\), \(3, 64, 64\)"):
+        ImageEncoder(dim=16)(images)
+
+
+@torch.no_grad()
+def test_padding_at_the_end_of_the_context_has_no_effect():
+    """A recorded training step pads its contexts."""
+    network = ImagePromptUNet.from_unet(make_unet(), ImageEncoder.tokens)
+    for parameter in network.adapter_parameters():
+        torch.nn.init.normal_(parameter)
+    x, t, text, mask, image = inputs()
+    context, image_mask = ImageEncoder(dim=16)([image, ""])
+    context, mask = torch.cat([context, text], 1), torch.cat([image_mask, mask], 1)
+    padded = torch.nn.functional.pad(context, (0, 0, 0, 3))
+    padded_mask = torch.nn.functional.pad(mask, (0, 3))
+    torch.testing.assert_close(
+        network(x, t, padded, padded_mask), network(x, t, context, mask), rtol=0, atol=1e-5
+    )
+
+
 def test_a_unet_without_a_context_is_refused():
     with pytest.raises(ValueError, match="without a context"):
         ImagePromptUNet.from_unet(UNet(channels=(64,)), 5)
@@ -132,10 +154,10 @@ def test_training_moves_the_adapter_alone_and_the_image_is_followed():
     for parameter in network.adapter_parameters():
         parameter.requires_grad_(True)
     before = copy.deepcopy(network.state_dict())
-    encoder = JointEncoder(text.requires_grad_(False), ImageEncoder(dim=16, width=16))
+    encoder = JointEncoder(ImageEncoder(dim=16, width=16), text.requires_grad_(False))
     levels = torch.randint(256, (16, 1, 1, 1), dtype=torch.uint8)
     images = levels.expand(16, 3, 8, 8).contiguous()
-    captions = [("汤", level.expand(3, 16, 16).contiguous()) for level in levels]
+    captions = [(level.expand(3, 16, 16).contiguous(), "汤") for level in levels]
     diffusion = GaussianDiffusion(NoiseSchedule.cosine(100), prediction_type="x0")
     losses = [
         step.loss for step in train(
