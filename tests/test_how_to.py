@@ -54,7 +54,7 @@ def run(tmp_path, monkeypatch, request):
 
 
 def test_the_recipes_are_short():
-    assert len(RECIPES) == 12
+    assert len(RECIPES) == 13
     for title, program in RECIPES.items():
         lines = [line for line in program.splitlines() if line.strip()]
         assert len(lines) <= 30, f"{title}: {len(lines)} lines"
@@ -87,6 +87,10 @@ def test_an_image_as_condition(run):
     x_t, t = torch.randn(1, 3, 64, 64), torch.tensor([999])
     others = names["step"].ema_network.cpu()(x_t, t, small=torch.zeros(1, 3, 16, 16))
     assert others.shape == x_t.shape
+
+
+def test_a_sound(run):
+    assert run("condition on a sound")["images"].shape == (2, 64, 64, 3)
 
 
 def test_a_sampler(run, monkeypatch):
