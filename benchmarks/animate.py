@@ -13,7 +13,6 @@ two halves of dishes; therefore this classifier was trained on such views: windo
 dishes of the same name, side by side. It must classify 98 of 100 new windows exactly.
 """
 
-import argparse
 import random
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ from easy_diffusion.inpainting.repaint import repaint_sampling
 from easy_diffusion.pretrained import load_model
 
 from .fidelity import MIN_CLASSIFIER_ACCURACY, classify_dishes
-from .report import finish
+from .report import finish, make_parser
 
 FRAMES = 24
 SIZE = 64
@@ -220,25 +219,8 @@ def measure_views(model: tuple, classifier, drawn_accuracies: dict, count: int) 
 # ------------------------------------------------------------------ the command
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.animate",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"),
-        help="folder for the classifier",
-    )
-    return parser.parse_args()
-
-
 def main():
-    options = parse_options()
+    options = make_parser("animate", __doc__, out=Path("out")).parse_args()
     quick = options.quick
     out = options.out / "quick" if quick else options.out
     models = []

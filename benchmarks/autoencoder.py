@@ -8,7 +8,6 @@ held-out dishes: PSNR, SSIM and sharpness of the reconstructions, and the fracti
 attribute classifier still classifies exactly.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from easy_diffusion.training.train_autoencoder import train_autoencoder
 
 from .fidelity import check_classifier_accuracy, classify_dishes
 from .latent import measure_reconstruction
-from .report import finish
+from .report import finish, make_parser
 
 SHAPES = [
     dict(patch=4, latent_channels=4),
@@ -32,29 +31,10 @@ SHAPES = [
 ]
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.autoencoder",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=0.75 if torch.cuda.is_available() else 3.0,
-        help="training time of each autoencoder in minutes",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"),
-        help="folder for the drawn dishes and the classifier",
-    )
-    return parser.parse_args()
-
-
 def main():
-    options = parse_options()
+    options = make_parser(
+        "autoencoder", __doc__, out=Path("out"), minutes=0.75 if torch.cuda.is_available() else 3.0
+    ).parse_args()
     quick = options.quick
     size = 32 if quick else 128
     minutes = 0.05 if quick else options.minutes

@@ -37,7 +37,7 @@ from easy_diffusion.latent_space import make_encoder
 from easy_diffusion.pretrained import WEIGHTS, load_model
 from easy_diffusion.training.distributed import default_device
 
-from .report import finish
+from .report import finish, make_parser
 
 SIZE = 64
 WAY_ROUNDS = ((1, 8), (4, 1))                   # of the first stage, see name_dish
@@ -222,22 +222,11 @@ def measure_photos(folder: Path, weights: Path, out: Path) -> tuple[dict, dict]:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.classification",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
+    parser = make_parser("classification", __doc__, out=Path("out"))
     parser.add_argument("--photos", type=Path, help="one subfolder of photographs per dish")
     parser.add_argument("--photo-weights", type=Path, help="OUT/weights of train_photos")
     parser.add_argument(
         "--photo-out", type=Path, default=Path("out/photos"), help="OUT of train_photos"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for the discriminative network"
     )
     return parser.parse_args()
 

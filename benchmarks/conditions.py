@@ -17,7 +17,6 @@ Synthetic speech is no measure of recognising people. Without the program espeak
 are left out.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +42,7 @@ from easy_diffusion.generate import generate_images
 from easy_diffusion.pretrained import WEIGHTS, load_model
 
 from .fidelity import load_checked_classifier
-from .report import finish
+from .report import finish, make_parser
 
 SIZE = 64
 BATCH = 50                              # images that are sampled at once
@@ -92,28 +91,10 @@ def measure_beats(model, films: BeatFilms, steps: int) -> tuple[float, float]:
 # ------------------------------------------------------------------ the command
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.conditions",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=2.0 if torch.cuda.is_available() else 8.0,
-        help="training time of each encoder",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for all that is trained"
-    )
-    return parser.parse_args()
-
-
 def main():
-    options = parse_options()
+    options = make_parser(
+        "conditions", __doc__, out=Path("out"), minutes=2.0 if torch.cuda.is_available() else 8.0
+    ).parse_args()
     quick = options.quick
     out = options.out / "quick" if quick else options.out
     out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,6 @@ Second table: the camera moves from dishes to the right, as in benchmarks/animat
 half-way and at the end is that of the classifier of camera views there.
 """
 
-import argparse
 import random
 import time
 from pathlib import Path
@@ -42,7 +41,7 @@ from easy_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 
 from . import animate
 from .fidelity import classify_dishes, load_checked_classifier
-from .report import finish
+from .report import finish, make_parser
 
 SIZE = 64
 MIN_PIXEL_ACCURACY = 0.97
@@ -209,28 +208,10 @@ def train_or_load_controlnet(model, kind: str, minutes: float, out: Path, quick:
     return load_controlnet(path, model.network)[0]
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.control",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=2.0 if torch.cuda.is_available() else 8.0,
-        help="training time of each ControlNet",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for all that is trained"
-    )
-    return parser.parse_args()
-
-
 def main():
-    options = parse_options()
+    options = make_parser(
+        "control", __doc__, out=Path("out"), minutes=2.0 if torch.cuda.is_available() else 8.0
+    ).parse_args()
     quick = options.quick
     out = options.out / "quick" if quick else options.out
     out.mkdir(parents=True, exist_ok=True)

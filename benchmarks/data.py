@@ -14,7 +14,6 @@ Memory is the maximum of a worker: private memory, which it alone has written, a
 which also contains shared libraries and pages of the store.
 """
 
-import argparse
 import itertools
 import os
 import shutil
@@ -31,7 +30,7 @@ from tqdm.auto import tqdm
 from datasets.dishes import Dishes
 from datasets.lmdb_store import ImageCaptionStore, append_records
 
-from .report import finish
+from .report import finish, make_parser
 
 BATCH = 64
 SIDE = 64
@@ -158,16 +157,7 @@ def measure_stores(out: Path, sizes: tuple, images: int) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="small stores and few images; the figures are not saved",
-    )
-    quick = parser.parse_args().quick
+    quick = make_parser("data", __doc__).parse_args().quick
     sizes = (200, 400) if quick else (1000, 100_000, 1_000_000)
     images = 256 if quick else 20_480
     files = 100 if quick else 1000

@@ -11,7 +11,6 @@ in one generated image per name. The baselines are drawn dishes of held-out name
 that the autoencoder has reconstructed.
 """
 
-import argparse
 import random
 import socket
 import subprocess
@@ -29,7 +28,7 @@ from easy_diffusion.pretrained import WEIGHTS, find_sizes, load_model
 
 from .fidelity import check_classifier_accuracy, classify_dishes, measure_fidelity
 from .latent import measure_reconstruction
-from .report import finish
+from .report import finish, make_parser
 
 COMMANDS = {
     "make demo": ["番茄炒鸡蛋", "--move", "circle"],
@@ -105,19 +104,7 @@ def measure_model(size: int, out: Path, quick: bool, count: int) -> tuple[dict, 
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="few images and a classifier of a few seconds; the figures are not saved",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for the classifiers"
-    )
-    options = parser.parse_args()
+    options = make_parser("demo", __doc__, out=Path("out")).parse_args()
     seconds = measure_seconds()
     rows = []
     reconstruction = {}

@@ -20,7 +20,6 @@ one ingredient, each in its half of the image, judged by the segmentation networ
 benchmarks/control.py; and Attend-and-Excite, on a network that was trained for five minutes only.
 """
 
-import argparse
 import random
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from easy_diffusion.pretrained import WEIGHTS, Model, load_model
 
 from .control import load_or_train_segmenter
 from .fidelity import classify_dishes, load_checked_classifier
-from .report import finish
+from .report import finish, make_parser
 
 SIZE = 64
 STEPS = 50
@@ -169,24 +168,8 @@ def measure_attend(editor: Editor, classifier, names: list[str]) -> list[dict]:
 # ------------------------------------------------------------------ the command
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.editing",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder for all that is trained"
-    )
-    return parser.parse_args()
-
-
 def main():
-    options = parse_options()
+    options = make_parser("editing", __doc__, out=Path("out")).parse_args()
     quick = options.quick
     out = options.out / "quick" if quick else options.out
     out.mkdir(parents=True, exist_ok=True)

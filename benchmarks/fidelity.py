@@ -22,7 +22,7 @@ from easy_diffusion import dish_classifier, generate, presets
 from easy_diffusion.evaluation.attribute_classifier import AttributeClassifier, prompt_accuracy
 from easy_diffusion.training.checkpoint import load_checkpoint, load_ema_weights
 
-from .report import finish
+from .report import finish, make_parser
 
 MIN_CLASSIFIER_ACCURACY = 0.98
 
@@ -94,26 +94,12 @@ def measure_fidelity(
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fidelity",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=presets.default_minutes(),
-        help="training time of the diffusion network in minutes",
+    parser = make_parser(
+        "fidelity", __doc__, out=Path("out"), minutes=presets.default_minutes()
     )
     parser.add_argument(
         "--size", type=int, default=presets.SIZE,
         help="height and width of the images in pixels",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"),
-        help="folder for the drawn dishes and the classifier",
     )
     parser.add_argument(
         "--checkpoint", type=Path,

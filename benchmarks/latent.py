@@ -15,7 +15,6 @@ After half and after all of the training time the classifier measures the prompt
 generated held-out names.
 """
 
-import argparse
 import random
 import statistics
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from easy_diffusion.training.data_loader import make_loader
 from easy_diffusion.training.trainer import train
 
 from .fidelity import check_classifier_accuracy, classify_dishes, measure_fidelity
-from .report import finish
+from .report import finish, make_parser
 
 
 def measure_reconstruction(
@@ -91,29 +90,10 @@ def measure_pixel_steps_per_second(store, steps: int = 8) -> float:
     return 1 / statistics.median(durations)
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.latent",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=presets.default_minutes(),
-        help="time of each training in minutes",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"),
-        help="folder for the drawn dishes, the classifier and the autoencoder",
-    )
-    return parser.parse_args()
-
-
 def main():
-    options = parse_options()
+    options = make_parser(
+        "latent", __doc__, out=Path("out"), minutes=presets.default_minutes()
+    ).parse_args()
     quick = options.quick
     size = 32 if quick else 128
     minutes = 0.05 if quick else options.minutes

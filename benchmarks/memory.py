@@ -14,7 +14,6 @@ A second table shows how time and memory grow with the side of the image and the
 network.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from easy_diffusion.networks import unet
 from easy_diffusion.networks.unet import UNet
 from easy_diffusion.training.memory import find_largest_batch, peak_memory
 
-from .report import finish
+from .report import finish, make_parser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMIT = 32e9        # bytes
@@ -206,16 +205,7 @@ def measure_growth(side: int, width: int, quick: bool) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="only VLB with checkpointing, and small images; the figures are not saved",
-    )
-    quick = parser.parse_args().quick
+    quick = make_parser("memory", __doc__).parse_args().quick
     if quick:
         variants = [(True, True)]
         sides = (32, 64)

@@ -51,7 +51,7 @@ from easy_diffusion.training.data_loader import make_loader
 from easy_diffusion.training.progress import track_progress
 from easy_diffusion.training.train_autoencoder import train_autoencoder
 
-from .report import finish
+from .report import finish, make_parser
 
 LOSSES = {
     "absolute": dict(squared=0.0),
@@ -64,15 +64,7 @@ LOSSES = {
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.photos",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
+    parser = make_parser("photos", __doc__, out=Path("out/photos"))
     parser.add_argument("--photos", type=Path, help="one subfolder of photographs per dish")
     parser.add_argument(
         "--loss-steps", type=int, default=2000 if torch.cuda.is_available() else 200,
@@ -80,10 +72,6 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--minutes", type=float, help="of the network, see easy_diffusion.train_photos"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/photos"),
-        help="folder for the views, the checkpoints and the images",
     )
     return parser.parse_args()
 

@@ -7,6 +7,7 @@ Each benchmark calls `finish` with its claims and its rows. A file in benchmarks
 NAME.json contains figures of a CPU, NAME.gpu.json those of a GPU.
 """
 
+import argparse
 import datetime
 import json
 import platform
@@ -15,6 +16,34 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def make_parser(
+    name: str, description: str, out: Path | None = None, minutes: float | None = None
+) -> argparse.ArgumentParser:
+    """The options of `python -m benchmarks.NAME`: --quick and, with a default, --out and --minutes.
+
+    description: the module's docstring, for --help.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="run every part small and short; the figures are not saved",
+    )
+    if out is not None:
+        parser.add_argument(
+            "--out", type=Path, default=out,
+            help="folder for all that is drawn and trained; what it already has is used",
+        )
+    if minutes is not None:
+        parser.add_argument(
+            "--minutes", type=float, default=minutes, help="time of each training in minutes"
+        )
+    return parser
 
 
 def describe_hardware() -> str:

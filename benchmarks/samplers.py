@@ -30,7 +30,7 @@ from easy_diffusion.images import to_uint8
 from easy_diffusion.pretrained import load_model
 
 from .fidelity import classify_dishes
-from .report import finish
+from .report import finish, make_parser
 
 SAMPLERS = {
     "DDPM": ddpm,
@@ -177,23 +177,12 @@ def compare_with_diffusers(model: tuple, size: int, quick: bool) -> list[dict]:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.samplers",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a few images and steps; the figures are not saved"
-    )
+    parser = make_parser("samplers", __doc__, out=Path("out"))
     parser.add_argument(
         "--images", type=int, default=200, help="number of images that each sampler generates"
     )
     parser.add_argument(
         "--size", type=int, default=presets.SIZE, help="height and width of the images in pixels"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"),
-        help="folder for the classifier",
     )
     return parser.parse_args()
 

@@ -17,7 +17,6 @@ kernel or a graph, `busy` is the fraction of the time in which a kernel runs, an
 often the CPU waits for the GPU. On a CPU only batches of 32 are measured.
 """
 
-import argparse
 import statistics
 from unittest.mock import patch
 
@@ -31,7 +30,7 @@ from easy_diffusion.training.muon import Muon
 from easy_diffusion.training.operations import count_operations
 from easy_diffusion.training.trainer import train
 
-from .report import finish
+from .report import finish, make_parser
 from .unet import DEVICE, NETWORKS, build_pair, build_steps, measure_seconds
 
 BATCHES = (32, 256, 1024) if DEVICE == "cuda" else (32,)
@@ -169,15 +168,7 @@ def count_graph_breaks() -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="one batch size, two rounds; the figures are not saved",
-    )
+    parser = make_parser("step", __doc__)
     parser.add_argument(
         "--compile", action="store_true",
         help="also a compiled network, which takes a minute or two more for each batch size",

@@ -27,7 +27,6 @@ On a GPU a last table compares fp32, bf16 and torch.compile, with the fraction o
 multiplication, and the largest batch of the first version's network at 3×128×128 is searched.
 """
 
-import argparse
 import itertools
 import random
 import statistics
@@ -58,7 +57,7 @@ from easy_diffusion.training.optimizers import build_optimizers
 from easy_diffusion.training.trainer import train
 
 from .fidelity import MIN_CLASSIFIER_ACCURACY, classify_dishes, measure_fidelity
-from .report import finish
+from .report import finish, make_parser
 from .unet import measure_matrix_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -363,29 +362,10 @@ def find_first_version_batch() -> int:
 # ------------------------------------------------------------------ the command
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few steps; the figures are not saved",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=5.0 if DEVICE == "cuda" else 15.0,
-        help="longest time of each training in minutes",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out"),
-        help="folder for the drawn dishes and the classifier",
-    )
-    return parser.parse_args()
-
-
 def main():
-    options = parse_options()
+    options = make_parser(
+        "training", __doc__, out=Path("out"), minutes=5.0 if DEVICE == "cuda" else 15.0
+    ).parse_args()
     quick = options.quick
     size = 32 if quick else presets.SIZE
     minutes = 0.1 if quick else options.minutes

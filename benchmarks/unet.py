@@ -10,7 +10,6 @@ the fraction of that rate which a training step reaches. On a GPU everything is 
 torch.compile.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ from easy_diffusion.networks.fast_unet import FastUNet
 from easy_diffusion.networks.stable_diffusion_weights import save_stable_diffusion
 from easy_diffusion.networks.unet import UNet
 
-from .report import finish
+from .report import finish, make_parser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 52         # length and dimension of cn_clip's token embeddings
@@ -234,16 +233,7 @@ def measure(name: str, rounds: int, compiled: bool, progress_bar) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.unet",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="one network, two rounds; the figures are not saved",
-    )
-    quick = parser.parse_args().quick
+    quick = make_parser("unet", __doc__).parse_args().quick
     names = list(NETWORKS)[2:3] if quick else list(NETWORKS)
     rounds = 2 if quick else 9
     variants = [False, True] if DEVICE == "cuda" and not quick else [False]

@@ -22,7 +22,6 @@ autoencoder of this repository, each frame alone or all as one batch. Flicker is
 frames, in grey levels of 255, of the pixels that stand still in the drawn film.
 """
 
-import argparse
 import random
 import time
 from pathlib import Path
@@ -51,7 +50,7 @@ from easy_diffusion.training.checkpoint import load_checkpoint, save_checkpoint
 from easy_diffusion.training.distributed import default_device
 
 from .fidelity import load_checked_classifier
-from .report import finish
+from .report import finish, make_parser
 
 SIZE = 64
 LATENT_SIZE = 128
@@ -187,28 +186,10 @@ def measure_flicker(count: int) -> list[dict]:
 # ------------------------------------------------------------------ the command
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.video",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="run every part for a few seconds; the figures are not saved",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=4.0 if torch.cuda.is_available() else 12.0,
-        help="training time of each variant",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/video"), help="folder for all that is trained"
-    )
-    return parser.parse_args()
-
-
 def main():
-    options = parse_options()
+    options = make_parser(
+        "video", __doc__, out=Path("out/video"), minutes=4.0 if torch.cuda.is_available() else 12.0
+    ).parse_args()
     quick = options.quick
     out = options.out / "quick" if quick else options.out
     out.mkdir(parents=True, exist_ok=True)
