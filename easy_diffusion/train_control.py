@@ -27,8 +27,8 @@ import torch
 
 from datasets.dish_controls import CHANNELS, ControlledDishes
 
-from .command_line import check_ranges, check_writable, run_command
-from .demo_options import check_size
+from .command_line import check_writable, run_command
+from .demo_options import add_training_options, check_training_options
 from .files import write_atomically
 from .generate import generate_images
 from .images import contact_sheet, encode_png, load_chinese_font
@@ -41,8 +41,8 @@ from .networks.controlnet import (
     ControlTraining,
     save_controlnet,
 )
-from .presets import DISHES, SIZE, default_batch_size, train_demo
-from .pretrained import WEIGHTS, Model, load_pixel_model
+from .presets import DISHES, default_batch_size, train_demo
+from .pretrained import Model, load_pixel_model
 from .training.checkpoint import load_checkpoint, load_ema_weights
 from .training.distributed import check_gpu
 from .training.progress import track_progress
@@ -64,34 +64,17 @@ def parse_options(arguments) -> argparse.Namespace:
         help="what the control image shows",
     )
     parser.add_argument(
-        "--minutes", type=float, default=2.0 if torch.cuda.is_available() else 8.0,
-        help="training time",
-    )
-    parser.add_argument(
         "--dishes", type=int, default=DISHES, help="number of drawn dishes to train on"
     )
-    parser.add_argument(
-        "--size", type=int, default=SIZE, help="size of the model's images in pixels"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=default_batch_size(latent=False),
-        help="images per training step",
-    )
-    parser.add_argument(
-        "--weights", type=Path, default=WEIGHTS, metavar="FOLDER",
-        help="folder with the text-to-image model, which was trained on pixels",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/control"), metavar="FOLDER",
-        help="folder for the checkpoint and the results",
+    add_training_options(
+        parser,
+        minutes=2.0 if torch.cuda.is_available() else 8.0,
+        batch_size=default_batch_size(latent=False),
+        out="out/control",
+        items="images",
     )
     options = parser.parse_args(arguments)
-    check_size(parser, options.size)
-    check_ranges(parser, options, {
-        "minutes": (1e-3, math.inf),
-        "batch_size": (1, math.inf),
-        "dishes": (options.batch_size, math.inf),
-    })
+    check_training_options(parser, options, dishes=(options.batch_size, math.inf))
     return options
 
 

@@ -28,12 +28,12 @@ from datasets.dish_films import FRAMES, MOTIONS, DishFilms
 from datasets.dishes import dish_names
 
 from .animation.film import mosaic, write_film
-from .command_line import check_ranges, check_writable, run_command
-from .demo_options import check_size
+from .command_line import check_writable, run_command
+from .demo_options import add_training_options, check_training_options
 from .film_presets import BATCH, FPS, GPU_BATCH, Films, generate_films, inflate_model
 from .images import load_chinese_font
-from .presets import SIZE, prepare_dishes, train_demo
-from .pretrained import WEIGHTS, Model, load_pixel_model, save_model
+from .presets import prepare_dishes, train_demo
+from .pretrained import Model, load_pixel_model, save_model
 from .training.checkpoint import load_checkpoint, load_ema_weights
 from .training.distributed import check_gpu
 from .training.progress import track_progress
@@ -51,40 +51,23 @@ def parse_options(arguments) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--minutes", type=float, default=4.0 if cuda else 12.0, help="training time"
-    )
-    parser.add_argument(
         "--films", type=int, default=20_000 if cuda else 3000,
         help="number of films to train on; they are drawn first",
     )
     parser.add_argument("--frames", type=int, default=FRAMES, help="frames of a film")
     parser.add_argument(
-        "--size", type=int, default=SIZE, help="height and width of the frames in pixels"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=GPU_BATCH if cuda else BATCH,
-        help="films per training step",
-    )
-    parser.add_argument(
         "--frozen", action="store_true",
         help="keep the weights of the image network; train motion modules and text encoder",
     )
-    parser.add_argument(
-        "--weights", type=Path, default=WEIGHTS, metavar="FOLDER",
-        help="folder with the text-to-image model, which was trained on pixels",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/motion"), metavar="FOLDER",
-        help="folder for the films, the checkpoint and the results",
+    add_training_options(
+        parser,
+        minutes=4.0 if cuda else 12.0,
+        batch_size=GPU_BATCH if cuda else BATCH,
+        out="out/motion",
+        items="films",
     )
     options = parser.parse_args(arguments)
-    check_size(parser, options.size)
-    check_ranges(parser, options, {
-        "minutes": (1e-3, math.inf),
-        "batch_size": (1, math.inf),
-        "frames": (2, 64),
-        "films": (options.batch_size, math.inf),
-    })
+    check_training_options(parser, options, frames=(2, 64), films=(options.batch_size, math.inf))
     return options
 
 

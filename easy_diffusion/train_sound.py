@@ -30,15 +30,15 @@ from datasets.dish_scene import WAYS
 from datasets.dish_sounds import SAMPLE_RATE, Cooking, cook_sound
 from datasets.dishes import HELD_OUT_PAIRS, draw_dish
 
-from .command_line import check_ranges, check_writable, run_command
+from .command_line import check_writable, run_command
 from .condition_presets import add_audio_encoder, train_condition
-from .demo_options import check_size
+from .demo_options import add_training_options, check_training_options
 from .files import atomic_path, write_atomically
 from .generate import generate_images
 from .images import contact_sheet, encode_png, load_chinese_font
 from .networks.controlnet import compute_weights_checksum
-from .presets import DISHES, SIZE, default_batch_size, prepare_dishes
-from .pretrained import WEIGHTS, Model, load_pixel_model, save_audio_encoder, save_model
+from .presets import DISHES, default_batch_size, prepare_dishes
+from .pretrained import Model, load_pixel_model, save_audio_encoder, save_model
 from .training.distributed import check_gpu
 
 SHOWN = 3                       # held-out pairs on the sheet
@@ -53,35 +53,18 @@ def parse_options(arguments) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--minutes", type=float, default=2.0 if torch.cuda.is_available() else 8.0,
-        help="training time",
-    )
-    parser.add_argument(
         "--dishes", type=int, default=DISHES,
         help="number of drawn dishes to train on; they are drawn first",
     )
-    parser.add_argument(
-        "--size", type=int, default=SIZE, help="size of the model's images in pixels"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=default_batch_size(latent=False),
-        help="dishes per training step",
-    )
-    parser.add_argument(
-        "--weights", type=Path, default=WEIGHTS, metavar="FOLDER",
-        help="folder with the text-to-image model, which was trained on pixels",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/sound"), metavar="FOLDER",
-        help="folder for the dishes, the checkpoint and the results",
+    add_training_options(
+        parser,
+        minutes=2.0 if torch.cuda.is_available() else 8.0,
+        batch_size=default_batch_size(latent=False),
+        out="out/sound",
+        items="dishes",
     )
     options = parser.parse_args(arguments)
-    check_size(parser, options.size)
-    check_ranges(parser, options, {
-        "minutes": (1e-3, math.inf),
-        "batch_size": (1, math.inf),
-        "dishes": (options.batch_size, math.inf),
-    })
+    check_training_options(parser, options, dishes=(options.batch_size, math.inf))
     return options
 
 
