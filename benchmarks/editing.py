@@ -91,7 +91,7 @@ def measure_swaps(editor: Editor, classifier, segmenter, swaps) -> tuple[list[di
     for i, (source, _) in enumerate(tqdm(swaps, desc="inversion")):
         for iterations, psnrs in inversions.items():
             noise = editor.invert(x0[i:i + 1], source, iterations)
-            again = to_images(editor.sample(editor.denoiser([source]), noise, "uniform"))
+            again = to_images(editor.reconstruct(noise, source))
             psnrs.append(float(psnr(again, sources[i:i + 1])))
         noises.append(noise)
 
@@ -152,14 +152,14 @@ def measure_attend(editor: Editor, classifier, names: list[str]) -> list[dict]:
     for excited in (False, True):
         images = []
         for i, name in enumerate(tqdm(names, desc=f"attend {excited}")):
-            denoise = editor.denoiser([name])
+            denoise = editor.guide(editor.denoiser([name]))
             if excited:
                 denoise = attend_and_excite(
-                    editor.network, editor.diffusion, editor.encoder, name,
+                    denoise, editor.network, editor.diffusion, editor.encoder, name,
                     attributes(name).ingredients,
                 )
             noise = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(i))
-            images.append(editor.sample(editor.guide(denoise), noise.to(device)))
+            images.append(editor.sample(denoise, noise.to(device)))
         accuracy = classify_dishes(classifier, to_images(torch.cat(images)), names)
         rows.append({"Attend-and-Excite": excited, "accuracy": accuracy})
     return rows

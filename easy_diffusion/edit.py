@@ -11,7 +11,8 @@ methods:
 
 The files in --out are
 
-    <source>_to_<target>.png        source and result side by side
+    <source>_to_<target>.png        source and result side by side; another method or seed
+                                    overwrites it
 
 >>> options = parse_options(["番茄炒鸡蛋", "--to", "番茄炒豆腐", "--size", "64"])
 >>> options.source, options.to, options.method
@@ -36,6 +37,7 @@ from .files import write_atomically
 from .generate import load_x0, sample_shape, to_images
 from .images import contact_sheet, encode_png, load_chinese_font
 from .pretrained import WEIGHTS, Model, find_sizes, load_model
+from .training.data_loader import derive_seed
 from .training.distributed import check_gpu
 
 METHODS = ("attention", "sdedit", "regional")
@@ -84,15 +86,23 @@ def parse_options(arguments) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="folder")
     options = parser.parse_args(arguments)
-    options.image = Path(options.source) if Path(options.source).is_file() else None
+    path = Path(options.source)
+    options.image = path if path.is_file() else None
+    if options.image is None and (path.suffix or path.exists() or path.name != options.source):
+        parser.error(f"there is no image file {options.source}")
+    for caption in (options.to, getattr(options, "caption", options.to)):
+        if not caption or "/" in caption:
+            parser.error(f"a caption has characters and no slash, not {caption!r}")
+    if options.method == "regional" and options.image:
+        parser.error("--method regional generates an image; it does not take one")
+    if hasattr(options, "caption") and not options.image:
+        parser.error("--from is for an image file; a generated dish has the caption of its name")
     if not hasattr(options, "size"):
         options.size = max(find_sizes(options.weights), default=None)
     if not hasattr(options, "caption"):
         if options.image and options.method != "sdedit":
             parser.error(f"--method {options.method} needs the caption of the image: --from")
         options.caption = "" if options.image else options.source
-    if options.method == "regional" and options.image:
-        parser.error("--method regional generates an image; it does not take one")
     check_ranges(parser, options, {
         "cross": (0, 1),
         "self_attention": (0, 1),
@@ -101,6 +111,10 @@ def parse_options(arguments) -> argparse.Namespace:
         "guidance": (1, 1000),
         "seed": (0, 2**63 - 1),
     })
+    if options.method == "sdedit" and options.strength * options.steps < 1:
+        parser.error(
+            f"with --steps {options.steps}, --strength must be at least {1 / options.steps:g}"
+        )
     return options
 
 
@@ -143,7 +157,10 @@ class Editor:
     def guide(self, denoise, uncond=None):
         """Guidance against the denoiser `uncond`, by default that of the empty caption."""
         uncond = self.denoiser([""]) if uncond is None else uncond
-        denoise = guided(denoise, uncond, self.guidance)
+        return self.clip(guided(denoise, uncond, self.guidance))
+
+    def clip(self, denoise):
+        """Clip the predictions of images, not those of latents."""
         return denoise if self.autoencoder is not None else clipped(denoise, self.schedule)
 
     @torch.no_grad()
@@ -157,7 +174,8 @@ class Editor:
         )
 
     def sdedit(self, x0, captions: list[str], strength: float, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
+        """seed: of the first image; the next ones have seed + 1, seed + 2, …"""
+        generator = [torch.Generator().manual_seed(seed + i) for i in range(len(x0))]
         denoise = self.guide(self.denoiser(captions))
         return self.run(
             sdedit(denoise, self.schedule, x0, strength, self.steps, generator=generator)
@@ -168,14 +186,18 @@ class Editor:
         width = x_T.shape[3]
         masks = torch.zeros(2, 1, *x_T.shape[2:], device=x_T.device)
         masks[0, ..., :width // 2] = masks[1, ..., width // 2:] = 1
-        denoisers = [self.guide(self.denoiser([caption])) for caption in (left, right)]
-        return self.sample(regional(denoisers, masks), x_T)
+        both = regional([self.denoiser([left]), self.denoiser([right])], masks)
+        return self.sample(self.guide(both), x_T)
 
     def invert(self, x0, caption: str, iterations: int = INVERSION_ITERATIONS):
-        """The noise x_T of x0, for `sample` with spacing="uniform" and `swap_inverted`."""
+        """The noise x_T of x0, for `reconstruct` and `swap_inverted`."""
         return self.run(ddim_inversion(
-            self.denoiser([caption]), self.schedule, x0, self.steps, iterations
+            self.clip(self.denoiser([caption])), self.schedule, x0, self.steps, iterations
         ))
+
+    def reconstruct(self, x_T, caption: str):
+        """Sample the image whose inverted noise is x_T again, without guidance."""
+        return self.sample(self.clip(self.denoiser([caption])), x_T, "uniform")
 
     def keep_attention(self, source: str, target: str, cross: float, self_attention: float):
         return prompt_to_prompt(
@@ -221,7 +243,9 @@ def edit(options, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         source = editor.sample(editor.guide(editor.denoiser([options.caption])), noise)
     if options.method == "sdedit":
-        return source, editor.sdedit(source, [options.to], options.strength, options.seed)
+        # Another seed than that of the source, which its own noise would lead back to
+        seed = derive_seed(options.seed, "sdedit")
+        return source, editor.sdedit(source, [options.to], options.strength, seed)
     if options.method == "regional":
         return source, editor.left_and_right(options.caption, options.to, noise)
     x_T = editor.invert(source, options.caption)

@@ -52,6 +52,10 @@ def test_an_edit_to_the_same_caption_gives_the_source(arguments, random_weights)
         (["--cross", "2"], "--cross"),
         (["--strength", "0"], "--strength"),
         (["--method", "magic"], "--method"),
+        (["--method", "sdedit", "--strength", "0.1"], "must be at least 0.25"),
+        (["--from", TARGET], "--from is for an image file"),
+        (["--to", ""], "a caption has characters"),
+        (["--to", "番茄/豆腐"], "not '番茄/豆腐'"),
     ],
 )
 def test_wrong_options_end_with_a_message(arguments, wrong, message, capsys):
@@ -68,6 +72,29 @@ def test_what_an_image_needs_is_said(arguments, photo, more, message, capsys):
     with pytest.raises(SystemExit):
         main([photo, *arguments, *more])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["missing.jpg", "番茄/豆腐", "."])
+def test_a_missing_image_is_not_taken_for_a_name(arguments, source, capsys):
+    with pytest.raises(SystemExit):
+        main([source, *arguments])
+    assert f"there is no image file {source}" in capsys.readouterr().err
+
+
+def test_sdedit_does_not_add_the_noise_that_made_the_source(arguments, random_weights, monkeypatch):
+    noises = []
+    randn = torch.randn
+
+    def record(*args, **options):
+        noises.append(randn(*args, **options))
+        return noises[-1]
+
+    options = parse_options([SOURCE, "--method", "sdedit", "--size", "32", *arguments])
+    model = load_model(random_weights, 32)
+    monkeypatch.setattr(torch, "randn", record)
+    edit.edit(options, model)
+    of_the_source, of_sdedit = (noise.flatten() for noise in noises)
+    assert (of_the_source - of_sdedit).abs().mean() > 0.5
 
 
 def test_a_damaged_image_is_an_error_in_one_line(arguments, tmp_path, capsys):

@@ -6,7 +6,7 @@ At each step the predictions of all captions are averaged with their masks:
 
 (Bar-Tal et al., "MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation", 2023,
 eq. 5, with windows of the size of the image.) Each prediction sees the whole noisy image, so that
-the regions meet without a seam.
+the regions agree on what they have in common, such as a plate.
 
 The file needs torch and the folder diffusion/.
 
@@ -32,7 +32,7 @@ def regional(denoisers: Sequence[Callable], masks: torch.Tensor) -> Callable:
     masks: [K, 1, H, W], 0 or above; where regions overlap, they are averaged.
 
     Raises ValueError for another number of masks, for negative values, and for a position in no
-    region.
+    region; the denoiser for masks of another size than x_t.
     """
     if len(masks) != len(denoisers):
         raise ValueError(f"{len(masks)} masks do not fit {len(denoisers)} denoisers")
@@ -45,10 +45,17 @@ def regional(denoisers: Sequence[Callable], masks: torch.Tensor) -> Callable:
     weights = (masks / total).unbind(0)                             # K of [1, H, W]
 
     def denoise(x_t, t):
+        if masks.shape[2:] != x_t.shape[2:]:
+            raise ValueError(
+                f"masks of {tuple(masks.shape[2:])} do not fit x_t of {tuple(x_t.shape[2:])}"
+            )
         predictions = [denoise_region(x_t, t) for denoise_region in denoisers]
         pairs = [(weight.to(x_t.device), each) for weight, each in zip(weights, predictions)]
         x0 = sum(weight * each.x0 for weight, each in pairs)
         eps = sum(weight * each.eps for weight, each in pairs)
-        return Prediction(x0, eps)
+        log_variance = None
+        if all(each.log_variance is not None for each in predictions):
+            log_variance = sum(weight * each.log_variance for weight, each in pairs)
+        return Prediction(x0, eps, log_variance)
 
     return denoise

@@ -8,7 +8,9 @@ So the column of a token, as an image, is the map of where the network looks for
 "Prompt-to-Prompt Image Editing with Cross Attention Control", 2022, section 3).
 
 Outside of the `with` blocks the network is as it was: the fast kernels are used, and the hook costs
-nothing. A FastUNet attends in a way of its own and is refused: edit its UNet.
+nothing. A FastUNet attends in a way of its own and is refused: edit its UNet. So is a network with
+another kind of cross-attention, such as an ImagePromptUNet. The attention of a VideoUNet over time
+is left as it is.
 
 The file needs torch and, beside it, attention_kernels.py and blocks.py.
 
@@ -38,45 +40,55 @@ def attention_edited(network: nn.Module, edit: Callable) -> Iterator[None]:
         of the Attention module in the network; is_cross says whether it attends to the context. If
         it returns the tensor that it was given, the layer computes what it always does.
 
-    The network is restored also after an exception. Blocks may be nested; the inner one replaces
-    the outer one. Raises ValueError for a network without attention.
+    The network is restored also after an exception. Blocks may be nested: the weights pass through
+    the edit of the inner block, then through that of the outer one. Raises ValueError for a network
+    without attention that can be edited.
     """
-    layers = {
-        name: module for name, module in network.named_modules() if isinstance(module, Attention)
-    }
-    if not layers or hasattr(network, "cache_context"):
+    modules = dict(network.named_modules())
+    layers = {name: module for name, module in modules.items() if type(module) is Attention}
+    is_other = any(
+        isinstance(module, Attention) and name not in layers and "cross" in name
+        for name, module in modules.items()
+    )
+    if not layers or is_other or hasattr(network, "cache_context"):
         raise ValueError(
             f"a {type(network).__name__} has no attention that can be edited; edit a UNet"
         )
-    before = {name: module.__dict__.get("forward") for name, module in layers.items()}
+    for name, module in layers.items():
+        edits = module.__dict__.setdefault("edits", [])             # the outermost first
+        edits.append((name, edit))
+        module.forward = make_forward(module, edits)
     try:
-        for name, module in layers.items():
-            module.forward = make_forward(module, name, edit)
         yield
     finally:
-        for name, module in layers.items():
-            del module.forward
-            if before[name] is not None:
-                module.forward = before[name]
+        for module in layers.values():
+            module.edits.pop()
+            if not module.edits:
+                del module.forward, module.edits
 
 
-def make_forward(module: Attention, layer: str, edit: Callable) -> Callable:
-    """The forward of an Attention module with edited weights."""
+def make_forward(module: Attention, edits: list[tuple[str, Callable]]) -> Callable:
+    """The forward of an Attention module whose weights pass through edits, the last one first.
+
+    edits: (name of the layer, edit) each.
+    """
     def forward(x, context=None, mask=None):
         source = x if context is None else context
         q = module.split_heads(module.to_q(x))                      # [B, heads, N, d]
         k = module.split_heads(module.to_k(source)).expand(len(x), -1, -1, -1)
         v = module.split_heads(module.to_v(source)).expand(len(x), -1, -1, -1)
         weights = attention_weights(q, k, mask)                     # [B, heads, N, L]
-        edited = edit(weights, layer, context is not None)
+        edited = weights
+        for layer, edit in reversed(edits):
+            edited = edit(edited, layer, context is not None)
+            if edited.shape != weights.shape:
+                raise ValueError(
+                    f"the edit of {layer} made {tuple(edited.shape)} of weights "
+                    f"{tuple(weights.shape)}"
+                )
         if edited is weights:
-            return type(module).forward(module, x, context, mask)
-        if edited.shape != weights.shape:
-            raise ValueError(
-                f"the edit of {layer} made {tuple(edited.shape)} of weights "
-                f"{tuple(weights.shape)}"
-            )
-        out = edited @ v                                            # [B, heads, N, d]
+            return Attention.forward(module, x, context, mask)
+        out = edited.to(v.dtype) @ v                                # [B, heads, N, d]
         return module.to_out(out.transpose(1, 2).flatten(2))
 
     return forward

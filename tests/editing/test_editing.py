@@ -16,7 +16,9 @@ from easy_diffusion.editing import (
     regional,
     sdedit,
 )
-from easy_diffusion.editing.attend_and_excite import find_tokens, measure_attention
+from easy_diffusion.editing.attend_and_excite import attention_gradient, measure_attention
+from easy_diffusion.editing.prompt_to_prompt import find_tokens
+from easy_diffusion.networks.attention_maps import attention_maps
 from easy_diffusion.networks.text_encoder import CharacterEncoder
 from easy_diffusion.networks.unet import UNet
 
@@ -146,6 +148,19 @@ def test_one_region_and_equal_denoisers_change_the_prediction_by_no_bit(noise):
     torch.testing.assert_close(two.eps, expected.eps)
 
 
+def test_the_variances_of_regions_are_averaged_and_masks_must_fit():
+    def with_variance(value):
+        return lambda x_t, t: Prediction(x_t, x_t, torch.full_like(x_t, value))
+
+    masks = torch.zeros(2, 1, 8, 8)
+    masks[0, ..., :4] = masks[1, ..., 4:] = 1
+    denoise = regional([with_variance(-1.0), with_variance(-3.0)], masks)
+    log_variance = denoise(torch.zeros(1, 3, 8, 8), None).log_variance
+    assert (log_variance[..., :4] == -1).all() and (log_variance[..., 4:] == -3).all()
+    with pytest.raises(ValueError, match=r"\(8, 8\) do not fit x_t of \(16, 16\)"):
+        denoise(torch.zeros(1, 3, 16, 16), None)
+
+
 @pytest.mark.parametrize(
     "masks, message",
     [
@@ -169,7 +184,12 @@ def test_masks_that_cover_less_than_the_image_are_refused(masks, message):
         ("番茄炒鸡蛋", "番茄炒豆腐", True, [0, 1, 2, 3, 4, 5]),
         ("番茄炒鸡蛋", "番茄炒豆腐", False, [0, 1, 2, 3, -1, -1]),
         ("番茄汤", "番茄豆腐汤", True, [0, 1, 2, -1, -1, 3]),
-        ("番茄炒鸡蛋", "番茄炒牛", True, [0, 1, 2, 3, -1]),
+        ("番茄豆腐汤", "番茄汤", True, [0, 1, 2, 5]),
+        ("番茄炒鸡蛋", "番茄炒牛", True, [0, 1, 2, 3, 4]),
+        ("番茄炒鸡蛋", "西兰花炒鸡蛋", True, [0, 1, 1, 2, 3, 4, 5]),
+        ("土豆炒鸡蛋", "豆腐炒鸡蛋", True, [0, 1, 2, 3, 4, 5]),
+        ("土豆炒鸡蛋", "豆腐炒鸡蛋", False, [0, 2, -1, 3, 4, 5]),
+        ("木耳豌豆汤", "木耳豆腐汤", True, [0, 1, 2, 3, 4, 5]),
     ],
 )
 def test_characters_are_aligned(source, target, replace, expected):
@@ -206,14 +226,29 @@ def test_a_factor_changes_the_target_alone_and_1_changes_it_not(model, noise):
     images = {}
     for factor in (1.0, 3.0):
         denoise = prompt_to_prompt(
-            *model, SOURCE, SOURCE, cross=0, self_attention=0, factors={"番": factor}
+            *model, SOURCE, SOURCE, cross=0, self_attention=0, factors={"番茄": factor}
         )
         images[factor] = sample(denoise, noise.expand(2, -1, -1, -1))
     torch.testing.assert_close(images[1.0][0], images[1.0][1], rtol=0, atol=1e-5)
     torch.testing.assert_close(images[3.0][0], images[1.0][0], rtol=0, atol=1e-5)
     assert (images[3.0][1] - images[1.0][1]).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="has no 牛"):
+    with pytest.raises(ValueError, match="no phrase '牛'"):
         prompt_to_prompt(*model, SOURCE, TARGET, factors={"牛": 2.0})
+
+
+@torch.no_grad()
+def test_more_characters_in_the_place_of_fewer_get_their_attention_together(model, noise):
+    network, _, _ = model
+    denoise = prompt_to_prompt(*model, "番茄汤", "番茄豆腐鸡汤", cross=1, self_attention=0)
+    assert denoise(noise.expand(2, -1, -1, -1), torch.tensor([900, 900])).x0.isfinite().all()
+    source, target = "番汤", "番茄豆腐汤"
+    assert align_characters(source, target, True) == [0, 1, -1, -1, -1, 2]
+    denoise = prompt_to_prompt(*model, "豆汤", "鸡蛋汤", cross=1, self_attention=0)
+    with attention_maps(network) as maps:
+        denoise(noise.expand(2, -1, -1, -1), torch.tensor([900, 900]))
+    for (weights,) in maps.values():                            # start token, 豆 | 鸡 蛋, 汤
+        torch.testing.assert_close(weights[1, ..., 1:3].sum(-1), weights[0, ..., 1])
+        torch.testing.assert_close(weights[1, ..., 3], weights[0, ..., 2])
 
 
 def test_it_composes_with_guidance_whose_unconditional_half_is_not_edited(model, noise):
@@ -233,15 +268,26 @@ def test_tokens_of_phrases_are_found_behind_the_start_token():
     assert find_tokens(SOURCE, ["番茄", "鸡蛋"]) == [[1, 2], [4, 5]]
 
 
-def test_the_moved_x_t_attends_more_to_the_forgotten_phrase(model, noise):
+@pytest.fixture
+def excite(model):
+    """attend_and_excite of the plain denoiser of SOURCE, with these arguments; and the denoiser."""
     network, diffusion, encoder = model
-    tokens = find_tokens(SOURCE, ["番茄", "鸡蛋"])
     plain = diffusion.denoiser(network, *encoder([SOURCE]))
+
+    def make(phrases, **options):
+        return attend_and_excite(plain, *model, SOURCE, phrases, **options)
+
+    return make, plain
+
+
+def test_the_moved_x_t_attends_more_to_the_forgotten_phrase(model, excite, noise):
+    network, _, _ = model
+    make, plain = excite
+    tokens = find_tokens(SOURCE, ["番茄", "鸡蛋"])
     t = torch.tensor([800])
-    excited = attend_and_excite(*model, SOURCE, ["番茄", "鸡蛋"], step_size=2000, iterations=3)
     moved = []
     handle = network.register_forward_pre_hook(lambda module, args: moved.append(args[0].detach()))
-    excited(noise, t)
+    make(["番茄", "鸡蛋"], step_size=2000, iterations=3)(noise, t)
     handle.remove()
     before, after = (
         measure_attention(network, lambda x=x: plain(x, t), tokens).amin(dim=0)
@@ -250,24 +296,38 @@ def test_the_moved_x_t_attends_more_to_the_forgotten_phrase(model, noise):
     assert (after > before).all()
 
 
-def test_the_prediction_agrees_with_the_x_t_of_the_sampler(model, noise):
-    t = torch.tensor([800])
-    prediction = attend_and_excite(*model, SOURCE, ["番茄"])(noise, t)
-    alpha, sigma = SCHEDULE.alpha_at(800), SCHEDULE.sigma_at(800)
-    torch.testing.assert_close(alpha * prediction.x0 + sigma * prediction.eps, noise,
-                               rtol=0, atol=1e-4)
+def test_a_step_of_ddim_goes_on_from_the_moved_x_t(model, excite, noise):
+    """With one iteration it is one step from x_t - step_size · gradient."""
+    network, _, _ = model
+    make, plain = excite
+    t = torch.tensor([999])
+    gradient = attention_gradient(network, plain, noise, t, find_tokens(SOURCE, ["番茄"]))
+    assert gradient.abs().max() > 0
+    excited = next(ddim(make(["番茄"], step_size=500.0), SCHEDULE, steps=4, x_T=noise))
+    expected = next(ddim(plain, SCHEDULE, steps=4, x_T=noise - 500 * gradient))
+    torch.testing.assert_close(excited.x, expected.x, rtol=0, atol=1e-5)
 
 
-def test_below_the_lowest_timestep_and_without_a_step_nothing_is_moved(model, noise):
+def test_the_gradient_is_the_same_with_checkpointing(model, noise):
     network, diffusion, encoder = model
-    plain = diffusion.denoiser(network, *encoder([SOURCE]))
-    with torch.no_grad():
-        for options, timestep in (({"lowest_timestep": 900}, 800), ({"step_size": 0.0}, 950)):
-            t = torch.tensor([timestep])
-            excited = attend_and_excite(*model, SOURCE, ["番茄"], **options)(noise, t)
-            assert torch.equal(excited.x0, plain(noise, t).x0)
+    denoise = diffusion.denoiser(network, *encoder([SOURCE]))
+    t, tokens = torch.tensor([800]), find_tokens(SOURCE, ["番茄"])
+    plain = attention_gradient(network, denoise, noise, t, tokens)
+    network.checkpointing = True
+    torch.testing.assert_close(attention_gradient(network, denoise, noise, t, tokens), plain)
 
 
-def test_a_phrase_that_is_not_in_the_caption_is_refused(model):
+@torch.no_grad()
+def test_after_its_fraction_and_without_a_step_x_t_is_not_moved(excite, noise):
+    make, plain = excite
+    for options, timestep in (({"fraction": 0.1}, 800), ({"step_size": 0.0}, 950)):
+        t = torch.tensor([timestep])
+        assert torch.equal(make(["番茄"], **options)(noise, t).x0, plain(noise, t).x0)
+
+
+def test_wrong_phrases_are_refused(excite):
+    make, _ = excite
     with pytest.raises(ValueError, match="no phrase '牛肉'"):
-        attend_and_excite(*model, SOURCE, ["牛肉"])
+        make(["牛肉"])
+    with pytest.raises(ValueError, match="one phrase"):
+        make([])

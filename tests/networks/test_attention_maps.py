@@ -6,6 +6,8 @@ import torch
 from easy_diffusion.networks.attention_maps import attention_edited, attention_maps, token_maps
 from easy_diffusion.networks.blocks import Attention
 from easy_diffusion.networks.fast_unet import FastUNet
+from easy_diffusion.networks.image_prompt import ImagePromptUNet
+from easy_diffusion.networks.motion import VideoUNet
 from easy_diffusion.networks.unet import UNet
 
 
@@ -82,17 +84,48 @@ def test_an_exception_restores_the_network(network, inputs):
 
 
 @torch.no_grad()
-def test_of_nested_edits_the_inner_one_counts_and_the_outer_one_returns(network, inputs):
+def test_nested_edits_are_applied_from_the_inner_one_to_the_outer_one(network, inputs):
     before = network(*inputs)
+    seen = []
 
     def uniform(weights, *_):
         return torch.full_like(weights, 1 / weights.shape[-1])
 
+    def record(weights, *_):
+        seen.append(bool((weights == weights[..., :1]).all()))
+        return weights
+
     with attention_edited(network, uniform):
         edited = network(*inputs)
-        with attention_edited(network, keep):
-            assert torch.equal(network(*inputs), before)
+        with attention_edited(network, record):
+            assert torch.equal(network(*inputs), edited)
+            assert not any(seen)                                # the inner one sees the network's
         assert torch.equal(network(*inputs), edited)
+    seen.clear()
+    with attention_edited(network, record), attention_edited(network, uniform):
+        assert torch.equal(network(*inputs), edited)
+    assert all(seen)                                            # the outer one sees the edited
+    assert torch.equal(network(*inputs), before)
+    assert not any({"forward", "edits"} & module.__dict__.keys() for module in network.modules())
+
+
+@torch.no_grad()
+def test_half_precision_takes_weights_in_float32(network, inputs):
+    x, t, context, mask = inputs
+    network = network.bfloat16()
+    before = network(x, t, context, mask)
+    with attention_edited(network, lambda weights, *_: weights.float()):
+        after = network(x, t, context, mask)
+    assert (after - before).abs().max() < 0.05 * before.abs().max()
+
+
+@torch.no_grad()
+def test_the_attention_over_time_is_left_as_it_is(network, inputs):
+    video = VideoUNet.from_unet(network)
+    film = torch.randn(2, 3, 4, 16, 16)
+    before = video(film, *inputs[1:])
+    with attention_edited(video, lambda weights, *_: weights.clone()):
+        torch.testing.assert_close(video(film, *inputs[1:]), before, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -121,6 +154,9 @@ def test_gradients_reach_what_comes_before_an_edited_layer(network, inputs):
 
 def test_what_cannot_be_edited_is_refused(network, inputs):
     with pytest.raises(ValueError, match="FastUNet"), attention_edited(FastUNet(network), keep):
+        pass
+    prompted = ImagePromptUNet.from_unet(network, image_tokens=3)
+    with pytest.raises(ValueError, match="ImagePromptUNet"), attention_edited(prompted, keep):
         pass
     with pytest.raises(ValueError, match="Linear"), attention_edited(torch.nn.Linear(1, 1), keep):
         pass
