@@ -72,7 +72,7 @@ class LabelledDishes(torch.utils.data.Dataset):
 def load_or_train_segmenter(out: Path, count: int, steps: int) -> PartSegmenter:
     """Load the segmenter from `out`, or train it on dishes of both splits."""
     torch.manual_seed(0)
-    segmenter = PartSegmenter(INGREDIENTS)
+    segmenter = PartSegmenter(INGREDIENTS).to(presets.default_device())
     path = out / f"segmenter_{count}_{steps}.safetensors"
     if path.exists():
         load_weights(segmenter, load_checkpoint(path))
@@ -87,7 +87,7 @@ def load_or_train_segmenter(out: Path, count: int, steps: int) -> PartSegmenter:
         for _ in tqdm(train_segmenter(segmenter, loader, steps), total=steps, desc="segmenter"):
             pass
         save_checkpoint(path, segmenter.state_dict())
-    return segmenter.to(presets.default_device())
+    return segmenter
 
 
 def measure_segmenter(segmenter: PartSegmenter, count: int) -> float:

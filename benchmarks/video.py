@@ -30,7 +30,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from datasets.dish_films import FRAMES, MOTIONS, DishFilms, draw_film, film_names, split_film_name
+from datasets.dish_films import (
+    FRAMES,
+    MOTIONS,
+    SPLITS,
+    DishFilms,
+    draw_film,
+    film_names,
+    split_film_name,
+)
 from datasets.dishes import attributes
 from easy_diffusion import train_motion
 from easy_diffusion.diffusion.shared_noise import SharedNoiseDiffusion
@@ -82,13 +90,12 @@ class LabelledFilms(torch.utils.data.Dataset):
 def load_or_train_motion_classifier(out: Path, count: int, steps: int) -> MotionClassifier:
     """Load the motion classifier from `out`, or train it on films of all splits."""
     torch.manual_seed(0)
-    classifier = MotionClassifier(MOTIONS)
+    classifier = MotionClassifier(MOTIONS).to(default_device())
     path = out / f"motion_classifier_{count}_{steps}.safetensors"
     if path.exists():
         load_weights(classifier, load_checkpoint(path))
     else:
-        splits = ("train", "held_out", "held_out_motion")
-        films = [LabelledFilms(count // 3, split, 300 + i) for i, split in enumerate(splits)]
+        films = [LabelledFilms(count // 3, split, 300 + i) for i, split in enumerate(SPLITS)]
         loader = torch.utils.data.DataLoader(
             torch.utils.data.ConcatDataset(films), 8, shuffle=True, drop_last=True
         )
@@ -96,7 +103,7 @@ def load_or_train_motion_classifier(out: Path, count: int, steps: int) -> Motion
         for _ in tqdm(losses, total=steps, desc="motion classifier"):
             pass
         save_checkpoint(path, classifier.state_dict())
-    return classifier.to(default_device())
+    return classifier
 
 
 def measure(films, names: list[str], classifier, motions: MotionClassifier) -> dict:

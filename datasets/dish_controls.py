@@ -7,7 +7,7 @@ exact, because they come from the same composition as the image:
                The ingredients' channels are in random order, so that they do not name them.
     height     the height of the surface, 0 … 255
     edges      where the brightness changes, from the image itself; also for photographs
-    sketch     the brightness of the image in 16×16 squares, for photographs, too
+    sketch     the brightness of 16 squares along each side, for photographs, too
 
 A dataset item is (image, caption, {"control": control}); all images are uint8 [C, H, W].
 
@@ -51,7 +51,7 @@ def height_control(height: torch.Tensor) -> torch.Tensor:
 
 def brightness(image: torch.Tensor) -> torch.Tensor:
     """The brightness of an image uint8 [3, H, W]: float [1, H, W] in 0 … 1 (ITU-R BT.601)."""
-    weights = torch.tensor([0.299, 0.587, 0.114])
+    weights = torch.tensor([0.299, 0.587, 0.114], device=image.device)
     return torch.einsum("c,chw->hw", weights, image.float() / 255)[None]
 
 
@@ -60,7 +60,7 @@ def edges_control(image: torch.Tensor) -> torch.Tensor:
 
     The value is the length of the gradient of the brightness; EDGE a pixel and above is 255.
     """
-    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=image.device) / 8
     filters = torch.stack([sobel, sobel.T])[:, None]                        # [2, 1, 3, 3]
     padded = F.pad(brightness(image)[None], (1, 1, 1, 1), mode="replicate")
     gradient = F.conv2d(padded, filters)[0]                                 # [2, H, W]
@@ -69,7 +69,7 @@ def edges_control(image: torch.Tensor) -> torch.Tensor:
 
 
 def sketch_control(image: torch.Tensor) -> torch.Tensor:
-    """The brightness of an image uint8 [3, H, W] in 16×16 squares: uint8 [1, H, W].
+    """The brightness of an image uint8 [3, H, W] in squares, 16 along each side: uint8 [1, H, W].
 
     H and W are at least 16.
     """

@@ -16,7 +16,7 @@ Four pairs of a way of cooking and a motion are held out: no training film shows
 The file needs numpy and torch and, beside it, dishes.py, dish_scene.py, dish_rendering.py and
 dish_shapes.py.
 
->>> film = draw_film("转动番茄炒鸡蛋", size=64)
+>>> film = draw_film("转动铁板香菇辣椒", size=64)
 >>> film.frames.shape, film.angles.tolist()
 ((8, 3, 64, 64), [0.0, 45.0, 90.0, 135.0, 180.0, 225.0, 270.0, 315.0])
 >>> split_film_name("转动番茄炒鸡蛋")
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from .dish_rendering import ROTATIONS
-from .dish_scene import Scene, render_scene
+from .dish_scene import Scene, render_scene, vessel_radius
 from .dishes import attributes, choose_dish_scene, dish_names
 
 MOTIONS = {"turn": "转动", "toss": "翻炒", "steam": "冒汽", "sway": "晃动", "still": "静止"}
@@ -161,7 +161,7 @@ def move_scene(scene: Scene, motion: str, phase: float, phases) -> tuple[Scene, 
 
 def locate(scene: Scene, piece, size: int) -> tuple[float, float]:
     """The middle of a piece in an image, x and y in pixels."""
-    radius = size / 2 * scene.radius
+    radius = size / 2 * vessel_radius(scene)
     return tuple(
         size / 2 + size * centre + radius * offset
         for centre, offset in zip(scene.centre, (piece.x, piece.y))

@@ -192,6 +192,11 @@ LIGHT = (-0.48, -0.52, 0.71)  # l
 HALF_WAY = (-0.26, -0.28, 0.92)  # m, half-way between the light and the eye
 
 
+def vessel_radius(scene: Scene) -> float:
+    """Radius of the vessel without its handles and corners, as a fraction of half the side."""
+    return scene.radius * (0.92 if scene.way in ("砂锅", "铁板") else 1.0)
+
+
 def render_scene(scene: Scene, size: int) -> Composition:
     """Composite and shade a scene.
 
@@ -207,9 +212,7 @@ def render_scene(scene: Scene, size: int) -> Composition:
     canvas[:3] *= scene.tabletop_brightness
     parts = np.zeros((n, n), np.uint8)
 
-    radius = n / 2 * scene.radius
-    if scene.way in ("砂锅", "铁板"):
-        radius *= 0.92  # the handles of the pot and the corners of the plate extend further
+    radius = n / 2 * vessel_radius(scene)
     centre = n / 2 + n * np.array(scene.centre)
     vessel = render_vessel(scene.way, round(radius), scene.angle)
     _paste(canvas, parts, 1, vessel, *centre, tint=scene.vessel_tint)

@@ -43,7 +43,7 @@ import torch
 from tqdm.auto import tqdm
 
 from datasets.aipos import load_photo
-from datasets.dish_films import MOTIONS
+from datasets.dish_films import FRAMES, MOTIONS
 from datasets.dishes import attributes, ingredient_names
 
 from .animation.camera import MOVES
@@ -58,7 +58,7 @@ from .inpainting.control_inpainter import make_control_inpainter
 from .inpainting.stable_diffusion_inpainter import make_stable_diffusion_inpainter
 from .inpainting.stable_diffusion_pipeline import load_pipeline
 from .networks.controlnet import load_controlnet
-from .pretrained import load_model, load_sound_model
+from .pretrained import load_model, load_sound_model, read_training
 from .training.data_loader import derive_seed
 from .training.distributed import check_gpu
 
@@ -119,13 +119,13 @@ def main(arguments=None) -> int:
     check_writable(options.out)
     start = time.perf_counter()
     load_chinese_font(12)       # raises here, rather than at the end, if there is no font
-    pipeline = load_pipeline(options.sd, options.sd_config) if options.inpainter == "sd" else None
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     print_plan(options)
     if options.motion:
         for path in write_motion_films(options):
             print(f"wrote {path}")
         return 0
+    pipeline = load_pipeline(options.sd, options.sd_config) if options.inpainter == "sd" else None
 
     # Networks. A photograph that Stable Diffusion inpaints needs none.
     written = []
@@ -140,7 +140,13 @@ def main(arguments=None) -> int:
                 f"the network of {options.size} pixels works on latents; --inpainter control needs "
                 "one that works on pixels, such as that of --size 64"
             )
-        inpainting_model = (model, load_controlnet(options.controlnet, model.network)[0])
+        controlnet, kind = load_controlnet(options.controlnet, model.network)
+        if kind != "inpaint":
+            raise ValueError(
+                f"{options.controlnet} was trained with --control {kind}; "
+                "--inpainter control needs one of --control inpaint"
+            )
+        inpainting_model = (model, controlnet)
 
     # Dishes, uint8 [H, W, 3] each
     if options.image:
@@ -208,11 +214,13 @@ def print_plan(options) -> None:
 def write_motion_films(options) -> list[Path]:
     """Generate a film of each dish in which it moves, and write it; returns the paths."""
     model = load_model(options.weights, options.size, films=True)
+    frames = read_training(options.weights, options.size, films=True).get("frames", FRAMES)
     written = []
     for number, name in enumerate(tqdm(options.names, desc="films", unit="film")):
         film, = generate_films(
             model,
             [MOTIONS[options.motion] + name],
+            frames,
             size=options.size,
             steps=options.steps,
             guidance=options.guidance,

@@ -133,8 +133,9 @@ def add_film_options(group) -> None:
     )
     group.add_argument(
         "--motion", choices=tuple(MOTIONS),
-        help="motion of the dish itself, in place of a camera move; --weights must be a folder "
-        "with a model of films, from python -m easy_diffusion.train_motion",
+        help="motion of the dish itself, in place of a camera move, for one period of the motion; "
+        "--weights must be a folder with a model of films, from python -m "
+        "easy_diffusion.train_motion",
     )
     group.add_argument(
         "--reverse", action="store_true",
@@ -163,6 +164,8 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
     films = options.motion is not None
     if films and options.image:
         parser.error("--motion is for a generated dish, not for a photograph: --image")
+    if films and options.inpainter != "own":
+        parser.error(f"--motion needs no inpainter: leave out --inpainter {options.inpainter}")
     if options.sound and (films or options.image):
         parser.error("--sound is for a generated dish, without --motion and --image")
     sizes = find_sizes(options.weights, films)
@@ -179,6 +182,7 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
             f"--weights {options.weights} has networks {kind}for {known} pixels, not for --size "
             f"{options.size}: python -m easy_diffusion.{command} trains one"
             f"{'; then add --weights out/sound/weights' * bool(options.sound)}"
+            f"{'; then add --weights out/motion/weights' * films}"
         )
 
     # Numbers

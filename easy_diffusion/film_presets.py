@@ -128,23 +128,27 @@ def complete_film(
 def windowed(denoise, frames: int, stride: int):
     """Make a denoiser of long films from one of films of `frames` frames.
 
-    Windows of this length lie `stride` frames apart along the film, the last one at its end. Where
-    they overlap, their predictions are averaged, so that the parts of the film agree (Bar-Tal et
-    al., "MultiDiffusion", 2023, eq. 5, along time).
+    Windows of this length lie `stride` frames apart along the film, and go on from its end to its
+    beginning, so that the film is a loop. Where they overlap, their predictions are averaged, so
+    that the parts of the film agree (Bar-Tal et al., "MultiDiffusion", 2023, eq. 5, along time).
 
     denoise: (x_t [B, C, frames, H, W], t) → Prediction.
 
-    The denoiser raises ValueError for a film shorter than a window.
+    Raises ValueError for a stride outside of 1 … frames; the denoiser for a film shorter than a
+    window.
     """
+    if not 1 <= stride <= frames:
+        raise ValueError(f"stride must be from 1 to {frames}, not {stride}")
+
     def denoise_long(x_t, t):
         length = x_t.shape[2]
         if length < frames:
             raise ValueError(f"a film of {length} frames is shorter than a window of {frames}")
-        starts = sorted({*range(0, length - frames, stride), length - frames})
+        starts = range(0, length, stride) if length > frames else [0]
         x0, eps = torch.zeros_like(x_t), torch.zeros_like(x_t)
         count = torch.zeros(length, device=x_t.device)
         for start in starts:
-            window = slice(start, start + frames)
+            window = torch.arange(start, start + frames, device=x_t.device) % length
             prediction = denoise(x_t[:, :, window], t)
             x0[:, :, window] += prediction.x0
             eps[:, :, window] += prediction.eps

@@ -75,8 +75,12 @@ def save_model(folder, size: int, model: Model, training: dict | None = None) ->
     size: height and width in pixels of the images that it was trained for.
     model: its diffusion is a GaussianDiffusion, its encoder a CharacterEncoder.
     training: plain values that say how it was trained; the header contains them as "training".
+
+    Raises ValueError for another diffusion, such as a SharedNoiseDiffusion.
     """
     network, encoder, diffusion, autoencoder = model
+    if type(diffusion) is not GaussianDiffusion:
+        raise ValueError(f"a file cannot hold a {type(diffusion).__name__}")
     if autoencoder is not None:
         path = autoencoder_path(folder, size)
         save_autoencoder(path, autoencoder, torch.float16)
@@ -94,6 +98,11 @@ def save_model(folder, size: int, model: Model, training: dict | None = None) ->
         "encoder": {name: tensor.half() for name, tensor in encoder.state_dict().items()},
     }
     save_tree(model_path(folder, size, isinstance(network, VideoUNet)), tree)
+
+
+def read_training(folder, size: int, films: bool = False) -> dict:
+    """How a model was trained, the values that `save_model` was given as `training`."""
+    return load_tree(model_path(folder, size, films))["training"]
 
 
 def find_sizes(folder, films: bool = False) -> list[int]:

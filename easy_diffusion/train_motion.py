@@ -7,8 +7,8 @@ and the text encoder are trained. The same command resumes an interrupted traini
 
     weights/                        the trained model, text_to_film_64.safetensors
     films_64.gif                    films of held-out dishes, one row for each motion
-    films_64/                       the LMDB store of the films that it is trained on
-    training_films_64.safetensors   the checkpoint of the training
+    films_64_8/                     the LMDB store of the films of 8 frames that it is trained on
+    training_films_64_8.safetensors the checkpoint of the training; ..._frozen with --frozen
 
 >>> options = parse_options(["--minutes", "3", "--frames", "4"])
 >>> options.minutes, options.frames, options.size
@@ -79,12 +79,13 @@ def main(arguments=None) -> int:
     load_chinese_font(12)       # raises here, rather than after the training, if there is no font
     model = load_pixel_model(options.weights, options.size)
     films = prepare_dishes(
-        options.out / f"films_{options.size}", options.films, options.size,
+        options.out / f"films_{options.size}_{options.frames}", options.films, options.size,
         partial(DishFilms, frames=options.frames),
     )
     torch.manual_seed(0)
     model = inflate_model(model)
-    checkpoint = options.out / f"training_films_{options.size}.safetensors"
+    name = f"films_{options.size}_{options.frames}{'_frozen' * options.frozen}"
+    checkpoint = options.out / f"training_{name}.safetensors"
     steps = train_on_films(
         model, films, options.minutes, options.batch_size, checkpoint, options.frozen
     )

@@ -70,6 +70,14 @@ def test_a_controlnet_inpaints(run_demo, controlnet_file):
     assert (out / "番茄汤_centre.gif").read_bytes() != film
 
 
+def test_a_controlnet_of_another_control_is_refused(random_weights, tmp_path):
+    unet = load_model(random_weights, 32).network
+    save_controlnet(tmp_path / "parts", ControlNet.from_unet(unet, CONTROL_CHANNELS), unet, "parts")
+    with pytest.raises(ValueError, match="trained with --control parts"):
+        main(["番茄汤", "--weights", str(random_weights), "--size", "32", "--inpainter", "control",
+              "--controlnet", str(tmp_path / "parts"), "--out", str(tmp_path)])
+
+
 def test_a_controlnet_does_not_inpaint_for_a_network_of_latents(
     random_weights, controlnet_file, tmp_path
 ):

@@ -158,11 +158,22 @@ def mean_denoiser(x_t, t):
     return Prediction(x0=x_t.mean(dim=2, keepdim=True).expand_as(x_t), eps=2 * x_t)
 
 
+def test_rolling_a_film_by_the_stride_rolls_the_prediction_of_windows():
+    x_t = torch.randn(1, 3, 8, 4, 4)
+    denoise = windowed(mean_denoiser, frames=4, stride=2)
+    torch.testing.assert_close(
+        denoise(x_t.roll(2, dims=2), None).x0, denoise(x_t, None).x0.roll(2, dims=2)
+    )
+    for stride in (0, 5):
+        with pytest.raises(ValueError, match=f"from 1 to 4, not {stride}"):
+            windowed(mean_denoiser, 4, stride)
+
+
 def test_windows_average_where_they_overlap():
     x_t = torch.arange(6.0)[None, None, :, None, None].expand(2, 3, 6, 4, 4)
     prediction = windowed(mean_denoiser, frames=4, stride=2)(x_t, None)
-    # The windows 0 … 3 and 2 … 5 have the means 1.5 and 3.5.
-    assert prediction.x0[0, 0, :, 0, 0].tolist() == [1.5, 1.5, 2.5, 2.5, 3.5, 3.5]
+    # The windows 0 … 3, 2 … 5 and 4, 5, 0, 1 have the means 1.5, 3.5 and 2.5.
+    assert prediction.x0[0, 0, :, 0, 0].tolist() == [2.0, 2.0, 2.5, 2.5, 3.0, 3.0]
     assert torch.equal(prediction.eps, 2 * x_t)
 
 

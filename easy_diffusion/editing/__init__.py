@@ -12,9 +12,9 @@ All are functions around denoisers, so that they compose with samplers and guida
 needs the folders diffusion/ and networks/.
 """
 
-from .attend_and_excite import attend_and_excite
+from .attend_and_excite import attend_and_excite, measure_attention
 from .ddim_inversion import ddim_inversion
-from .prompt_to_prompt import align_characters, prompt_to_prompt
+from .prompt_to_prompt import align_characters, find_tokens, prompt_to_prompt
 from .regional import regional
 from .sdedit import sdedit
 
@@ -22,6 +22,8 @@ __all__ = [
     "align_characters",
     "attend_and_excite",
     "ddim_inversion",
+    "find_tokens",
+    "measure_attention",
     "prompt_to_prompt",
     "regional",
     "sdedit",

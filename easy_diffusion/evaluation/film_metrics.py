@@ -103,7 +103,7 @@ def train_motion_classifier(
 
 
 def measure_rotation(film: torch.Tensor, radius: float = 0.75) -> torch.Tensor:
-    """Return the angles by which frame f + 1 is turned from frame f, in degrees, float [F].
+    """Return the angles by which frame f + 1 is turned from frame f, in degrees, int64 [F].
 
     The last one is that from frame F - 1 to frame 0. Angles are clockwise, in whole degrees from
     -180 to 179. The centre is searched for near the middle of the image: the one with the largest
@@ -128,8 +128,8 @@ def sample_circles(film: torch.Tensor, centre: tuple[float, float], radius: floa
 
     centre: (x, y) in the coordinates -1 … 1 of grid_sample.
     """
-    theta = torch.arange(ANGLES) * (2 * math.pi / ANGLES)
-    r = torch.linspace(0.15, radius, RADII)
+    theta = torch.arange(ANGLES, device=film.device) * (2 * math.pi / ANGLES)
+    r = torch.linspace(0.15, radius, RADII, device=film.device)
     x = centre[0] + r[:, None] * theta.cos()
     y = centre[1] + r[:, None] * theta.sin()                        # y points down: clockwise
     grid = torch.stack([x, y], dim=-1).expand(len(film), -1, -1, -1)

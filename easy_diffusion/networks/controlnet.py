@@ -180,7 +180,8 @@ class Control(NamedTuple):
 
     control: [B or 1, C, H, W] in [0, 1], see ControlNet.
     scale: factor of its residuals; one number, or one for each residual, such as `guess_scales`.
-    interval: (lowest, highest) timestep at which it steers; None: at all.
+    interval: (lowest, highest) timestep at which it steers, if all of a batch are in it; None: at
+        all timesteps.
     """
 
     controlnet: ControlNet
@@ -227,8 +228,10 @@ class Controlled(nn.Module):
                 residuals = control_frames(controlnet, x, t, control, context, mask)
             else:
                 residuals = controlnet(x, t, control, context, mask)
-            scales = [scale] * len(residuals) if isinstance(scale, (int, float)) else scale
-            residuals = [s * r for s, r in zip(scales, residuals, strict=True)]
+            scales = scale if isinstance(scale, Sequence) else [scale] * len(residuals)
+            if len(scales) != len(residuals):
+                raise ValueError(f"{len(scales)} scales do not fit {len(residuals)} residuals")
+            residuals = [s * r for s, r in zip(scales, residuals)]
             total = residuals if total is None else [a + b for a, b in zip(total, residuals)]
         return self.unet(x, t, context, mask, residuals=total)
 
@@ -260,21 +263,34 @@ def control_frames(controlnet: ControlNet, x, t, control, context, mask) -> list
     return controlnet(images, repeat(t), controls, context, mask)
 
 
+class Frozen:
+    """Holds a UNet, so that it is no submodule of a module, and is not copied with it."""
+
+    def __init__(self, unet: UNet):
+        self.unet = unet
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class ControlTraining(nn.Module):
     """The network that trains a ControlNet: (x_t, t, context, mask, control) → output of the UNet.
 
-    unet: it is frozen, and not part of this module's parameters, state dict and checkpoints.
+    unet: it is frozen, and not part of this module's parameters, state dict and checkpoints. A deep
+        copy, such as that of the EMA, has the same UNet.
     control: [B, C, H, W] in [-1, 1], since the training maps all images from uint8 to that range.
     """
 
     def __init__(self, unet: UNet, controlnet: ControlNet):
         super().__init__()
         self.controlnet = controlnet
-        self.frozen = [unet.requires_grad_(False).eval()]   # in a list, so that it is no submodule
+        self.frozen = Frozen(unet.requires_grad_(False).eval())
+        # Compared when a training resumes
+        self.settings = controlnet.settings | {"unet": compute_weights_checksum(unet)}
 
     def forward(self, x, t, context=None, mask=None, control=None):
         residuals = self.controlnet(x, t, (control + 1) / 2, context, mask)
-        return self.frozen[0](x, t, context, mask, residuals=residuals)
+        return self.frozen.unet(x, t, context, mask, residuals=residuals)
 
 
 # ---------------------------------------------------------------- files
@@ -309,7 +325,7 @@ def load_controlnet(path, unet: UNet) -> tuple[ControlNet, str]:
         raise ValueError(f"{path} was trained for a UNet with other weights than this one")
     controlnet = ControlNet(**saved["controlnet"])
     load_weights(controlnet, saved["weights"])
-    return controlnet.to(unet.conv_in.weight.device).eval(), saved["note"]
+    return controlnet.to(unet.conv_in.weight).eval(), saved["note"]
 
 
 def compute_weights_checksum(unet: UNet) -> str:

@@ -14,8 +14,8 @@ the image network gives. How a frame knows its place f in the film is one of
                    3.5). The first and the last frame are far from each other.
     "circular"     queries and keys are rotated (Su et al., "RoFormer", 2021, eq. 13) by the angles
                    2π k f / F with whole numbers k. So q_f·k_g depends on (f - g) mod F alone: frame
-                   0 follows the last one, and rolling the noise along time rolls the film. A film
-                   of this network is a loop by construction.
+                   0 follows the last one, and rolling the noise along time rolls the film. So no
+                   cut between two frames differs from any other.
 
 Films are [B, C, F, H, W]. The schedule, losses and samplers do not care about the form, so that
 they work for films as they are.
@@ -42,6 +42,7 @@ from .blocks import Attention, Downsample, FeedForward, Upsample, timestep_embed
 from .unet import UNet
 
 POSITIONS = ("circular", "sinusoidal")
+FREQUENCIES = 5         # of circular positions: 0 to 4 turns in a film, all there are of 8 frames
 
 
 class FrameAttention(Attention):
@@ -71,11 +72,11 @@ class FrameAttention(Attention):
 def circular_angles(frames: int, pairs: int, device=None) -> torch.Tensor:
     """Angles 2π k_i f / F for frame f and pair of channels i, float32 [F, pairs].
 
-    k_i runs through the whole numbers 0 … F/2 again and again. Larger ones would be the same as
-    these with the other sign.
+    k_i runs through the whole numbers below FREQUENCIES again and again, whatever F is, so that
+    trained weights mean the same in films of another length.
     """
     f = torch.arange(frames, device=device)
-    k = torch.arange(pairs, device=device) % (frames // 2 + 1)
+    k = torch.arange(pairs, device=device) % FREQUENCIES
     turns = f[:, None] * k % frames                 # whole numbers, so that F and 0 are equal
     return 2 * math.pi * turns.float() / frames
 
@@ -101,7 +102,7 @@ class MotionModule(nn.Module):
     attentions: number of attention layers before the feed-forward layer; AnimateDiff has two.
     expansion: of the feed-forward layer.
     norm_over_frames: whether the group normalisation takes its mean and variance over all frames
-        of a film, as AnimateDiff does, or over each frame alone.
+        of a film, as diffusers' AnimateDiff does, or over each frame alone, as its authors' code.
     time_dim: dimension of the time embedding, whose projection is added to each frame; None:
         without, as AnimateDiff.
     """

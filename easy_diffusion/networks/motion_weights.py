@@ -3,7 +3,8 @@
 Published motion modules were trained for Stable Diffusion 1.5 and contain no image network. Where
 they differ from the defaults of motion.py, its options give their form, ANIMATE_DIFF: two attention
 layers, sinusoidal positions, a feed-forward layer four times as wide, a normalisation over all
-frames, and no time embedding. In new modules of diffusers the last layer does not begin at zero.
+frames as in diffusers (the authors' code normalises each frame alone), and no time embedding. In
+new modules of diffusers the last layer does not begin at zero.
 
     ours        motion_down.0.attentions.1.to_q.weight
     diffusers   down_blocks.0.motion_modules.0.transformer_blocks.0.attn2.to_q.weight

@@ -11,10 +11,11 @@ from datasets.dish_films import (
     DishFilms,
     draw_film,
     film_names,
+    locate,
     move_scene,
     split_film_name,
 )
-from datasets.dish_scene import render_scene
+from datasets.dish_scene import WAYS, render_scene
 from datasets.dishes import attributes, choose_dish_scene, dish_names, draw_dish
 
 DISH = "铁板牛肉青椒"
@@ -149,3 +150,15 @@ def test_the_dataset_is_reproducible():
 def test_errors_name_what_cannot_be_drawn(call, message):
     with pytest.raises((ValueError, IndexError), match=message):
         call()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_positions_are_where_the_pieces_are_drawn(way):
+    """Scenes of a single piece: the mean position of its pixels, in images of 256 pixels."""
+    name = WAYS[way].name_with_one.format("鸡蛋")
+    for seed in range(4):
+        scene = choose_dish_scene(name, seed)
+        scene = scene._replace(pieces=scene.pieces[:1])
+        y, x = np.nonzero(render_scene(scene, 256).parts >= 2)
+        position = locate(scene, scene.pieces[0], 256)
+        assert np.hypot(x.mean() - position[0], y.mean() - position[1]) < 2

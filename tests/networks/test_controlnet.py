@@ -29,7 +29,7 @@ from easy_diffusion.networks.stable_diffusion_weights import (
 )
 from easy_diffusion.networks.text_encoder import CharacterEncoder
 from easy_diffusion.networks.unet import UNet
-from easy_diffusion.networks.weights_io import save_tree
+from easy_diffusion.networks.weights_io import check_settings, save_tree
 from easy_diffusion.training.trainer import train
 
 SETTINGS = dict(
@@ -348,3 +348,21 @@ def test_a_file_rebuilds_the_controlnet_for_its_unet_alone(tmp_path):
     save_tree(tmp_path / "tree.safetensors", {"a": 1})
     with pytest.raises(ValueError, match="not one of a ControlNet"):
         load_controlnet(tmp_path / "tree.safetensors", unet)
+
+
+def test_a_training_for_another_unet_is_refused_and_copies_have_the_same_unet():
+    unet = small_unet()
+    network = ControlTraining(unet, ControlNet.from_unet(unet, 1))
+    assert copy.deepcopy(network).frozen.unet is unet
+    other = copy.deepcopy(unet)
+    torch.nn.init.normal_(other.conv_in.weight)
+    with pytest.raises(ValueError, match="unet: "):
+        check_settings(network.settings, ControlTraining(other, ControlNet.from_unet(other, 1)))
+
+
+def test_a_wrong_number_of_scales_is_named():
+    unet = small_unet()
+    x, t, context = small_inputs()
+    control = Control(ControlNet.from_unet(unet, 1), torch.rand(1, 1, 16, 16), [1.0, 2.0])
+    with pytest.raises(ValueError, match="2 scales do not fit"):
+        Controlled(unet, [control])(x, t, context)
