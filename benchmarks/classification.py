@@ -190,7 +190,9 @@ def measure_photos(folder: Path, weights: Path, out: Path) -> tuple[dict, dict]:
     metrics = photo_presets.prepare_metrics(photographs, out / "features.safetensors")
     network, encoder, diffusion, autoencoder = load_model(weights, photo_presets.SIZE)
     encode = make_encoder(autoencoder)
-    images, names = photographs.test_images, photographs.test_names
+    is_known = [name in metrics.names for name in photographs.test_names]
+    images = photographs.test_images[is_known]
+    names = [name for name in photographs.test_names if name in metrics.names]
     logits = torch.zeros(len(images), len(metrics.names))
     start = time.perf_counter()
     for i, image in enumerate(tqdm(images, desc="photographs", unit="image")):
@@ -228,7 +230,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--photo-out", type=Path, default=Path("out/photos"), help="OUT of train_photos"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if (options.photos is None) != (options.photo_weights is None):
+        parser.error("--photos and --photo-weights must be used together")
+    return options
 
 
 def train_discriminative(out: Path, quick: bool) -> tuple:

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from datasets.aipos import load_photo
+from datasets.aipos import DECODE_ERRORS, load_photo
 from datasets.dishes import dish_names, draw_dish
 
 from .diffusion.flow_matching import flow_euler
@@ -147,12 +147,21 @@ def load_x0(path: Path, size: int, autoencoder) -> torch.Tensor:
 
     x0 is the image in [-1, 1] or, with an autoencoder, its latent. The square is resized, and a
     note says so if it was smaller.
+
+    Raises FileNotFoundError, or ValueError for a file that is no image, damaged, or too large.
     """
-    with Image.open(path) as image:
-        if min(image.size) < size:
-            print(f"note: {path} has {image.width}×{image.height} pixels; it is enlarged to "
-                  f"{size}×{size}, which blurs it", file=sys.stderr)
-    image = torch.from_numpy(load_photo(path, size)).permute(2, 0, 1)   # uint8 [3, size, size]
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+        pixels = load_photo(path, size)                                 # uint8 [size, size, 3]
+    except FileNotFoundError:
+        raise
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if min(width, height) < size:
+        print(f"note: {path} has {width}×{height} pixels; it is enlarged to {size}×{size}, which "
+              "blurs it", file=sys.stderr)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)                   # uint8 [3, size, size]
     if autoencoder is None:
         return image / 127.5 - 1
     mean, _ = make_encoder(autoencoder)(image[None])

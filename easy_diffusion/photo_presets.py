@@ -32,7 +32,7 @@ from .networks.image_features import ImageFeatures
 from .networks.text_encoder import CharacterEncoder
 from .networks.unet import UNet
 from .networks.weights_io import load_tree, save_tree
-from .presets import LATENT_UNET
+from .presets import AUTOENCODER, LATENT_UNET
 from .training.distributed import default_device
 
 SIZE = 128              # height and width of an image in pixels
@@ -96,6 +96,16 @@ def prepare_metrics(photographs: Photographs, path: Path, network=None) -> Photo
     return PhotoMetrics(
         network, (saved["training"], names), (saved["test"], photographs.test_names)
     )
+
+
+def check_photo_networks(names: list[str], size: int) -> None:
+    """Raise ValueError for names that are too long, or a size that the network cannot have."""
+    autoencoder = Autoencoder(**AUTOENCODER)
+    network, encoder, _ = build_photo_networks("".join(names), autoencoder)
+    encoder.tokenize(names)
+    multiple = autoencoder.factor * network.size_multiple
+    if size % multiple:
+        raise ValueError(f"--size must be a multiple of {multiple}, not {size}")
 
 
 def build_photo_networks(

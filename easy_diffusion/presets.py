@@ -282,7 +282,7 @@ def train_and_save_autoencoder(
             tqdm.write(f"after {evaluated_at / 60:.1f} minutes {result}")
     autoencoder = Autoencoder(**AUTOENCODER)
     load_weights(autoencoder, load_checkpoint(checkpoint)["models"]["ema"])
-    measure_latent_scale(autoencoder, make_loader(store, BATCH))
+    measure_latent_scale(autoencoder, make_loader(store, min(BATCH, len(store))))
     save_autoencoder(path, autoencoder)
     print(evaluate(autoencoder, sheet))
 
@@ -310,7 +310,7 @@ def train_demo_autoencoder(
     """
     return train_autoencoder(
         autoencoder,
-        make_loader(store, AUTOENCODER_BATCH),
+        make_loader(store, min(AUTOENCODER_BATCH, len(store))),
         minutes=minutes,
         steps=None,
         checkpoint=checkpoint,

@@ -82,7 +82,7 @@ def parse_options(arguments) -> argparse.Namespace:
     )
     parser.add_argument(
         "--size", type=int, default=photo_presets.SIZE,
-        help="height and width of the images in pixels, a multiple of 8",
+        help="height and width of the images in pixels, a multiple of 32",
     )
     parser.add_argument(
         "--views", type=int, default=photo_presets.VIEWS,
@@ -132,10 +132,14 @@ def main(arguments=None) -> int:
     load_chinese_font(12)       # raises here, rather than after the training, if there is no font
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
 
+    if options.initial_weights and not options.initial_weights.is_dir():
+        raise FileNotFoundError(f"--initial-weights {options.initial_weights} is not a folder")
+    photo_presets.check_photo_networks([""], options.size)
     photographs = photo_presets.prepare_views(
         options.folder, options.out, options.size, options.views
     )
     metrics = photo_presets.prepare_metrics(photographs, options.out / "features.safetensors")
+    photo_presets.check_photo_networks(metrics.names, options.size)
     print(
         f"{len(photographs.store)} views of training photographs, "
         f"{len(photographs.test_names)} test photographs of {len(metrics.names)} dishes, "

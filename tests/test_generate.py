@@ -8,7 +8,12 @@ import torch
 
 from easy_diffusion.diffusion.flow_matching import RectifiedFlow
 from easy_diffusion.diffusion.guidance import guided
-from easy_diffusion.generate import generate_images, guided_denoiser, make_model_inpainter
+from easy_diffusion.generate import (
+    generate_images,
+    guided_denoiser,
+    load_x0,
+    make_model_inpainter,
+)
 from easy_diffusion.presets import build_networks
 from easy_diffusion.pretrained import load_model
 
@@ -130,3 +135,11 @@ def test_what_is_inpainted_depends_on_the_seed_alone(random_weights, monkeypatch
 
     assert np.array_equal(inpaint(3), inpaint(3))
     assert not np.array_equal(inpaint(3), inpaint(4))
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="damaged.png cannot be read"):
+        load_x0(tmp_path / "damaged.png", 32, None)
+    with pytest.raises(FileNotFoundError):
+        load_x0(tmp_path / "missing.png", 32, None)

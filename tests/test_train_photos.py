@@ -126,3 +126,14 @@ def test_bad_options_end_before_the_work(option, message, capsys):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         main([str(tmp_path / "nothing"), "--out", str(tmp_path)])
+
+
+def test_what_the_network_cannot_have_is_refused_before_the_trainings(folder, tmp_path):
+    options = [str(folder), "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="--size must be a multiple of 32, not 40"):
+        main([*options, "--size", "40"])
+    with pytest.raises(FileNotFoundError, match="--initial-weights .*nothing"):
+        main([*options, "--initial-weights", str(tmp_path / "nothing")])
+    assert not list((tmp_path / "out").glob("*"))
+    with pytest.raises(ValueError, match="at most 31 characters"):
+        photo_presets.check_photo_networks(["stir-fried tomatoes with scrambled eggs"], 128)

@@ -36,6 +36,7 @@ The file needs torch only.
 ([-1.5, -1.5, -3.41, -3.41], True)
 """
 
+import math
 from collections.abc import Callable, Iterator
 from statistics import NormalDist
 from typing import NamedTuple
@@ -154,13 +155,18 @@ def classify(
     generator: source of the noise; None: a new one with seed 0.
     progress: wraps the batches of each round, for example in a tqdm bar.
 
-    Raises ValueError for no captions, or rounds that do not increase their evaluations.
+    Raises ValueError for no captions, for rounds that do not increase their evaluations or keep no
+    caption, and for a confidence that is not between 0 and 1.
     """
     counts = [evaluations for evaluations, _ in rounds]
     if not captions:
         raise ValueError("there is no caption to choose from")
     if not counts or counts[0] < 1 or counts != sorted(set(counts)):
         raise ValueError(f"the evaluations of the rounds must increase from at least 1: {rounds}")
+    if min(kept for _, kept in rounds) < 1:
+        raise ValueError(f"each round must keep at least 1 caption: {rounds}")
+    if confidence is not None and not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, such as 0.99, not {confidence}")
     generator = generator or torch.Generator().manual_seed(0)
     levels, eps = draw_noise(counts[-1], x0.shape, generator, log_snr)
     eps = eps.to(x0)
@@ -177,7 +183,7 @@ def classify(
         error = errors(
             network, diffusion, context[indices], mask[indices], x0, t[new], eps[new], progress
         )                                                               # [K, new evaluations]
-        values = torch.cat([values, weights[new] * error.double().cpu()], dim=1)
+        values = torch.cat([values, weights[new] * error.cpu().double()], dim=1)
         scores = values.mean(dim=1)
         order = scores.argsort()
         indices, values, scores = indices[order], values[order], scores[order]
@@ -206,13 +212,15 @@ def learn_weight(log_snr: torch.Tensor, noise_errors: torch.Tensor) -> Callable:
         caption first.
 
     w is interpolated between the λ, at least 0, and 1 on average over them. Give `classify` the
-    same range of λ.
+    same range of λ. Raises ValueError if no w is above 0.
     """
     margins = noise_errors[:, 1:] - noise_errors[:, :1]                     # [M, K - 1, N]
-    margins = margins.flatten(0, 1).double()
+    margins = margins.flatten(0, 1).cpu().double()
     weights = (margins.mean(dim=0) / margins.var(dim=0)).clamp(min=0)
+    if not weights.sum() > 0:
+        raise ValueError("no noise tells right captions from wrong ones: the errors are the same")
     weights = weights / weights.mean()
-    log_snr = log_snr.double()
+    log_snr = log_snr.cpu().double()
 
     def weight(levels):
         i = torch.searchsorted(log_snr, levels.contiguous()).clamp(1, len(log_snr) - 1)
@@ -234,10 +242,14 @@ def rank(rounds: list[Round]) -> list[int]:
 def t_quantile(probability: float, freedom: int) -> float:
     """Return the quantile of Student's t distribution, NaN for no degree of freedom.
 
-    Source: Abramowitz & Stegun 1964, 26.7.5, four terms.
+    It is exact for 1 and 2 degrees of freedom; else Abramowitz & Stegun 1964, 26.7.5, four terms.
     """
     if freedom < 1:
         return float("nan")
+    if freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if freedom == 2:
+        return (2 * probability - 1) / math.sqrt(2 * probability * (1 - probability))
     z = NormalDist().inv_cdf(probability)
     return (
         z

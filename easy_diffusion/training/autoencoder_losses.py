@@ -143,8 +143,8 @@ def adaptive_weight(
 
 
 def normalize_features(h: torch.Tensor) -> torch.Tensor:
-    """Divide the features [B, C, H, W] by their length at each position."""
-    return h / (h.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+    """Divide the features [B, C, H, W] by their length at each position; zeros stay zeros."""
+    return F.normalize(h, dim=1, eps=1e-6)
 
 
 class FeatureDistance(nn.Module):

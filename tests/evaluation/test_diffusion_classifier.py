@@ -169,7 +169,8 @@ def test_timesteps_have_the_asked_for_noise():
 
 @pytest.mark.parametrize(
     "probability, freedom, quantile",
-    [(0.975, 10, 2.2281), (0.95, 5, 2.0150), (0.99, 7, 2.9980), (0.9999, 23, 4.4152)],
+    [(0.975, 10, 2.2281), (0.95, 5, 2.0150), (0.99, 7, 2.9980), (0.9999, 23, 4.4152),
+     (0.95, 1, 6.3138), (0.9995, 1, 636.62), (0.975, 2, 4.3027), (0.9995, 2, 31.599)],
 )
 def test_the_t_quantile_is_that_of_the_tables(probability, freedom, quantile):
     assert t_quantile(probability, freedom) == pytest.approx(quantile, rel=5e-3)
@@ -181,9 +182,15 @@ def test_rounds_and_captions_are_checked():
         ([], ((1, 1),), "no caption"),
         (CAPTIONS, ((4, 2), (4, 1)), "must increase"),
         (CAPTIONS, (), "must increase"),
+        (CAPTIONS, ((1, 2), (4, 0)), "at least 1 caption"),
     ]:
         with pytest.raises(ValueError, match=message):
             list(classify(optimal_network(FLOW), FLOW, encode, x0, captions, rounds))
+    for confidence in (0, 1, 95):
+        with pytest.raises(ValueError, match=f"not {confidence}"):
+            list(classify(
+                optimal_network(FLOW), FLOW, encode, x0, CAPTIONS, confidence=confidence
+            ))
 
 
 def test_without_confidence_exactly_as_many_remain_as_asked_for():
