@@ -40,7 +40,7 @@ VIEWS = 5               # of each training photograph
 TEST_FRACTION = 0.1     # of the photographs, kept out of all trainings
 GUIDANCE = 3.0          # scale of classifier-free guidance
 AUTOENCODER_TRAINING = dict(perceptual="efficientnet", perceptual_weight=0.3)
-CPU_UNET = LATENT_UNET | dict(patch=2, dropout=0.1)     # 3.7 times as fast as with patch=1
+CPU_UNET = LATENT_UNET | dict(channels=(64, 128), dropout=0.1)
 GPU_UNET = LATENT_UNET | dict(channels=(192, 256), heads=4, dropout=0.1)
 
 

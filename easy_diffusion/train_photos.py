@@ -82,7 +82,7 @@ def parse_options(arguments) -> argparse.Namespace:
     )
     parser.add_argument(
         "--size", type=int, default=photo_presets.SIZE,
-        help="height and width of the images in pixels, a multiple of 32",
+        help="height and width of the images in pixels, a multiple of 16",
     )
     parser.add_argument(
         "--views", type=int, default=photo_presets.VIEWS,

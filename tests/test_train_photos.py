@@ -130,7 +130,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_what_the_network_cannot_have_is_refused_before_the_trainings(folder, tmp_path):
     options = [str(folder), "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="--size must be a multiple of 32, not 40"):
+    with pytest.raises(ValueError, match="--size must be a multiple of 16, not 40"):
         main([*options, "--size", "40"])
     with pytest.raises(FileNotFoundError, match="--initial-weights .*nothing"):
         main([*options, "--initial-weights", str(tmp_path / "nothing")])
