@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from datasets.beat_films import BeatFilms
 from datasets.dish_references import ReferencedDishes, find_tabletop
-from datasets.dish_sounds import BeatFilms, Cooking
+from datasets.dish_sounds import Cooking
 from datasets.dishes import Dishes, attributes
 from datasets.spoken_names import HELD_OUT_VOICE, VOICES, SpokenDishes, has_speech
 from easy_diffusion import presets

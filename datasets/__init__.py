@@ -8,7 +8,8 @@ The files, in reading order:
     dish_rendering.py      the sprites of a drawn dish: pieces of ingredients, vessels, tabletops
     dish_controls.py       control images for a ControlNet: parts, height, edges, a sketch
     dish_films.py          DishFilms: films of drawn dishes, whose motion is known
-    dish_sounds.py         Cooking: sounds of cooking; films that are tossed to a sound
+    dish_sounds.py         Cooking: drawn dishes with the sounds of their cooking
+    beat_films.py          BeatFilms: films of dishes that are tossed to a sound
     spoken_names.py        SpokenDishes: spoken names of dishes, by espeak-ng
     dish_references.py     ReferencedDishes: another dish on the same table, as a reference image
     aipos.py               AiposFood: a folder of food photographs, one subfolder per dish name
@@ -27,11 +28,12 @@ import from these files directly, for example `from datasets.lmdb_store import I
 """
 
 from .aipos import AiposFood
+from .beat_films import BeatFilms
 from .dish_controls import ControlledDishes
 from .dish_films import MOTIONS, DishFilms, draw_film
 from .dish_references import ReferencedDishes
 from .dish_shapes import INGREDIENTS
-from .dish_sounds import BeatFilms, Cooking, cook_sound
+from .dish_sounds import Cooking, cook_sound
 from .dishes import HELD_OUT_PAIRS, WAYS, Attributes, Dishes, attributes, dish_names, draw_dish
 
 __all__ = [

@@ -39,6 +39,7 @@ HELD_OUT_MOTIONS = frozenset({("炒", "turn"), ("盖饭", "toss"), ("蒸", "stea
 SPLITS = ("train", "held_out", "held_out_motion")
 
 FRAMES = 8
+FPS = 8                 # frames per second
 HOP = 0.5               # height of a hop, in units of the vessel's radius
 SWAY = 0.12             # amplitude of the sway, in the same units
 PUFFS = 6               # of steam
@@ -146,17 +147,22 @@ def move_scene(scene: Scene, motion: str, phase: float, phases) -> tuple[Scene, 
         for i in range(len(hops)):
             u = 2 * ((phase - phases[i]) % 1)
             hops[i] = 4 * u * (1 - u) if u < 1 else 0.0
-        pieces = [
-            piece._replace(lift=HOP * hop, scale=1 + 0.35 * hop)
-            for piece, hop in zip(scene.pieces, hops)
-        ]
-        return scene._replace(pieces=pieces), hops
+        return toss(scene, hops), hops
     if motion == "sway":
         offset = SWAY * np.sin(2 * np.pi * phase)
         pieces = [piece._replace(x=piece.x + offset) for piece in scene.pieces]
         tilt = (1.5 * offset, 0.0) if scene.way == "汤" else (0.0, 0.0)
         return scene._replace(pieces=pieces, tilt=tilt), hops
     return scene, hops
+
+
+def toss(scene: Scene, heights) -> Scene:
+    """Lift each piece of a scene to its height, 0 … 1; it also looks larger then."""
+    pieces = [
+        piece._replace(lift=HOP * height, scale=1 + 0.35 * height)
+        for piece, height in zip(scene.pieces, heights)
+    ]
+    return scene._replace(pieces=pieces)
 
 
 def locate(scene: Scene, piece, size: int) -> tuple[float, float]:
@@ -224,7 +230,15 @@ class DishFilms(torch.utils.data.Dataset):
 
         Raises IndexError for an index outside of the dataset.
         """
-        if not 0 <= index < self.length:
-            raise IndexError(f"film {index} of {self.length}")
-        seed = self.seed * 1_000_003 + index
-        return random.Random(seed).choice(self.names), seed
+        return choose_item(self.names, self.length, self.seed, index)
+
+
+def choose_item(names: list[str], length: int, seed: int, index: int) -> tuple[str, int]:
+    """The name and the seed of item `index` of a dataset of `length` films.
+
+    Raises IndexError for an index outside of the dataset.
+    """
+    if not 0 <= index < length:
+        raise IndexError(f"film {index} of {length}")
+    item_seed = seed * 1_000_003 + index
+    return random.Random(item_seed).choice(names), item_seed

@@ -17,31 +17,23 @@ Each sound varies: in pitch, tempo, loudness, and in the random times of its eve
 `Cooking` is a dataset of drawn dishes with the sound of how they are cooked, and the names of their
 ingredients alone. So the way of cooking comes from the sound.
 
-A film can follow a sound, too: `draw_beat_film` draws ingredients that hop when the pan crackles,
-and `beats` gives the loudness of the crackles at each frame of a film.
-
 A sound is float32 [N] in [-1, 1], SAMPLE_RATE values a second. The file needs numpy and torch and,
-beside it, dishes.py, dish_films.py, dish_scene.py, dish_rendering.py and dish_shapes.py.
+beside it, dishes.py, dish_scene.py, dish_rendering.py and dish_shapes.py.
 
 >>> sound = cook_sound("汤", seconds=1, seed=0)
 >>> sound.shape, sound.dtype
 ((16000,), dtype('float32'))
 """
 
-import random
 import zlib
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .dish_films import FRAMES, HOP
-from .dish_scene import render_scene
-from .dishes import attributes, choose_dish_scene, collate_captions, dish_names
+from .dishes import attributes, collate_captions
 
 SAMPLE_RATE = 16_000    # Hz
 SECONDS = 2.0
-FPS = 8                 # frames per second of a film
 
 
 # ------------------------------------------------------------------------------------ parts
@@ -93,27 +85,27 @@ def ring(frequency: float, loudness: float, decay: float, rise: float = 0.0) -> 
 # Each function adds the sound of a way of cooking to `sound`, float64 [N], in place.
 
 
-def stir_fry(rng, sound, seconds):
+def _stir_fry(rng, sound, seconds):
     sound += 0.10 * make_noise(rng, len(sound), 2000, 6500)
     add_events(sound, random_times(rng, seconds, 25), lambda: crackle(rng, rng.uniform(0.1, 0.5)))
     pitch = rng.uniform(900, 1300)
     add_events(sound, regular_times(rng, seconds, 1.6), lambda: ring(pitch, 0.35, 0.03))
 
 
-def soup(rng, sound, seconds):
+def _soup(rng, sound, seconds):
     add_events(
         sound, random_times(rng, seconds, 14),
         lambda: ring(rng.uniform(350, 900), rng.uniform(0.1, 0.4), 0.025, rise=0.3),
     )
 
 
-def steam(rng, sound, seconds):
+def _steam(rng, sound, seconds):
     t = np.arange(len(sound)) / SAMPLE_RATE
     swell = 1 + 0.6 * np.sin(2 * np.pi * (rng.uniform(0.3, 0.8) * t + rng.random()))
     sound += 0.12 * swell * make_noise(rng, len(sound), 4500, 7800)
 
 
-def clay_pot(rng, sound, seconds):
+def _clay_pot(rng, sound, seconds):
     sound += 0.08 * make_noise(rng, len(sound), 40, 180)
     add_events(
         sound, random_times(rng, seconds, 5),
@@ -121,7 +113,7 @@ def clay_pot(rng, sound, seconds):
     )
 
 
-def cold_dish(rng, sound, seconds):
+def _cold_dish(rng, sound, seconds):
     pitch = rng.uniform(180, 280)
 
     def chop():
@@ -133,14 +125,14 @@ def cold_dish(rng, sound, seconds):
     add_events(sound, regular_times(rng, seconds, rng.uniform(4, 6)), chop)
 
 
-def iron_plate(rng, sound, seconds):
+def _iron_plate(rng, sound, seconds):
     fading = np.exp(-np.arange(len(sound)) / (0.7 * seconds * SAMPLE_RATE))
     add_events(sound, random_times(rng, seconds, 160), lambda: crackle(rng, rng.uniform(0.1, 0.4)))
     sound += 0.06 * make_noise(rng, len(sound), 1000, 7500)
     sound *= fading
 
 
-def noodles(rng, sound, seconds):
+def _noodles(rng, sound, seconds):
     sound += 0.08 * make_noise(rng, len(sound), 500, 1600)
     add_events(
         sound, regular_times(rng, seconds, rng.uniform(1.5, 2.2)),
@@ -148,7 +140,7 @@ def noodles(rng, sound, seconds):
     )
 
 
-def over_rice(rng, sound, seconds):
+def _over_rice(rng, sound, seconds):
     pitch = rng.uniform(1900, 2500)
 
     def clink():
@@ -158,8 +150,8 @@ def over_rice(rng, sound, seconds):
 
 
 SOUNDS = {
-    "炒": stir_fry, "汤": soup, "蒸": steam, "砂锅": clay_pot,
-    "凉拌": cold_dish, "铁板": iron_plate, "面": noodles, "盖饭": over_rice,
+    "炒": _stir_fry, "汤": _soup, "蒸": _steam, "砂锅": _clay_pot,
+    "凉拌": _cold_dish, "铁板": _iron_plate, "面": _noodles, "盖饭": _over_rice,
 }
 
 
@@ -209,120 +201,5 @@ class Cooking(torch.utils.data.Dataset):
         ingredients, way = attributes(name)
         sound = cook_sound(way, self.seconds, self.seed * 1_000_003 + index)
         return image, (torch.from_numpy(sound), "".join(ingredients))
-
-    collate = staticmethod(collate_captions)
-
-
-# ------------------------------------------------------------------------------------ films
-
-
-class BeatFilm(NamedTuple):
-    """A film of a dish that is tossed when the pan crackles, and its sound.
-
-    frames: uint8 [F, 3, size, size]. sound: float32 [F / FPS · SAMPLE_RATE].
-    is_tossed: bool [F], the frames in which the ingredients are in the air.
-    """
-
-    frames: np.ndarray
-    sound: np.ndarray
-    is_tossed: np.ndarray
-
-
-def draw_beat_film(name: str, size: int = 64, seed: int = 0, frames: int = FRAMES) -> BeatFilm:
-    """Draw a film in which all ingredients hop at one to three random frames, and its sound.
-
-    name, size and seed: as for `draw_dish`. frames: F, 4 or more, else ValueError.
-    """
-    if frames < 4:
-        raise ValueError(f"a film with beats has at least 4 frames, not {frames}")
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), 2])
-    is_tossed = choose_beats(rng, frames)
-    sound = beat_sound(is_tossed, seed)
-
-    scene = choose_dish_scene(name, seed)
-    images = {}
-    for tossed in (False, True):
-        heights = rng.uniform(0.7, 1, len(scene.pieces)) * tossed
-        pieces = [
-            piece._replace(lift=HOP * height, scale=1 + 0.35 * height)
-            for piece, height in zip(scene.pieces, heights)
-        ]
-        images[tossed] = render_scene(scene._replace(pieces=pieces), size).image
-    return BeatFilm(np.stack([images[bool(tossed)] for tossed in is_tossed]), sound, is_tossed)
-
-
-def choose_beats(rng, frames: int) -> np.ndarray:
-    """Choose one to three of the frames at random, no two of them adjacent: bool [frames].
-
-    They are fewer than half of the frames, so that the median of all frames is that of the others.
-    """
-    is_tossed = np.zeros(frames, dtype=bool)
-    count = rng.integers(1, min(3, (frames - 1) // 2) + 1)
-    for frame in rng.permutation(frames)[:count]:
-        if not is_tossed[[frame - 1, frame, (frame + 1) % frames]].any():
-            is_tossed[frame] = True
-    return is_tossed
-
-
-def beat_sound(is_tossed: np.ndarray, seed: int = 0) -> np.ndarray:
-    """A sizzle, with a loud crackle in the middle of each frame that is tossed: float32 [N].
-
-    is_tossed: bool [F]. The sound lasts F / FPS seconds.
-    """
-    rng = np.random.default_rng([seed, 3])
-    sound = 0.03 * make_noise(rng, round(len(is_tossed) / FPS * SAMPLE_RATE), 2000, 6500)
-    for frame in np.flatnonzero(is_tossed):
-        times = (frame + rng.uniform(0.25, 0.6, 6)) / FPS
-        add_events(sound, times, lambda: crackle(rng, rng.uniform(0.3, 0.8)))
-    return (rng.uniform(0.25, 1) * sound).clip(-1, 1).astype(np.float32)
-
-
-def beats(sound: np.ndarray, frames: int) -> np.ndarray:
-    """How much louder than usual the sound is during each frame of a film: float32 [F] in [0, 1].
-
-        r_f = root mean square of the part of the sound that belongs to frame f
-        beat_f = clip((r_f / median r - 1) / 2, 0, 1)
-
-    sound: float [N]; silence has no beats. Raises ValueError for fewer samples than frames.
-    """
-    if len(sound) < frames:
-        raise ValueError(f"a sound of {len(sound)} samples is too short for {frames} frames")
-    parts = np.array_split(np.asarray(sound, dtype=np.float64), frames)
-    rms = np.array([np.sqrt(np.mean(part ** 2)) for part in parts])
-    return np.clip((rms / max(np.median(rms), 1e-6) - 1) / 2, 0, 1).astype(np.float32)
-
-
-class BeatFilms(torch.utils.data.Dataset):
-    """Item i is (frames uint8 [3, F, size, size], (name, beats float [F])).
-
-    The beats come from the sound of the film. The names are of stir-fried dishes.
-
-    length, size, split, seed: as for `Dishes`. frames: F.
-    """
-
-    def __init__(
-        self, length: int, size: int = 64, split: str = "train", seed: int = 0, frames: int = FRAMES
-    ):
-        self.length = length
-        self.size = size
-        self.seed = seed
-        self.frames = frames
-        self.names = [name for name in dish_names(split) if attributes(name).way == "炒"]
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        name, film = self.draw(index)
-        frames = torch.from_numpy(film.frames).transpose(0, 1).contiguous()
-        return frames, (name, torch.from_numpy(beats(film.sound, self.frames)))
-
-    def draw(self, index: int) -> tuple[str, BeatFilm]:
-        """The name and the film of item `index`; IndexError outside of the dataset."""
-        if not 0 <= index < self.length:
-            raise IndexError(f"film {index} of {self.length}")
-        seed = self.seed * 1_000_003 + index
-        name = random.Random(seed).choice(self.names)
-        return name, draw_beat_film(name, self.size, seed, self.frames)
 
     collate = staticmethod(collate_captions)

@@ -8,8 +8,8 @@ of whether a network understands people.
 to name. One voice is held out.
 
 A sound is float32 [N] in [-1, 1], SAMPLE_RATE values a second. The file needs numpy, torch, the
-packages soundfile and soxr and, beside it, dishes.py, dish_scene.py, dish_rendering.py and
-dish_shapes.py.
+packages soundfile and soxr and, beside it, dish_sounds.py, dishes.py, dish_scene.py,
+dish_rendering.py and dish_shapes.py.
 
 >>> sorted(VOICES)[:2], HELD_OUT_VOICE in VOICES
 (['f1', 'f2'], False)
@@ -24,9 +24,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from .dish_sounds import SAMPLE_RATE
 from .dishes import collate_captions
 
-SAMPLE_RATE = 16_000    # Hz
 VOICES = ("f1", "f2", "f3", "m1", "m3", "m7")   # variants of espeak-ng: female and male
 HELD_OUT_VOICE = "f4"
 VARIATIONS = 2          # of each name in training: voice, speed and pitch

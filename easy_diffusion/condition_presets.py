@@ -27,22 +27,28 @@ import torch
 from datasets.dish_sounds import cook_sound
 from datasets.dishes import attributes
 
-from .networks.audio_encoder import AudioEncoder, BeatEncoder, JointEncoder
+from .networks.audio_encoder import AudioEncoder
 from .networks.image_prompt import ImageEncoder, ImagePromptUNet
+from .networks.joint_encoder import BeatEncoder, JointEncoder
 from .presets import train_or_load
 from .pretrained import Model
 
 
 def add_audio_encoder(model: Model) -> Model:
     """Add an audio encoder beside the text encoder: captions become (sound, ingredients)."""
-    return model._replace(encoder=JointEncoder(hear_names(model).encoder, model.encoder))
+    freeze(model)
+    return model._replace(encoder=JointEncoder(make_audio_encoder(model), model.encoder))
 
 
 def hear_names(model: Model) -> Model:
     """Put an audio encoder in place of the text encoder: captions become sounds."""
     freeze(model)
-    audio = AudioEncoder(model.encoder.dim).to(model.network.conv_in.weight.device)
-    return model._replace(encoder=audio)
+    return model._replace(encoder=make_audio_encoder(model))
+
+
+def make_audio_encoder(model: Model) -> AudioEncoder:
+    """A new audio encoder for the network of a model."""
+    return AudioEncoder(model.encoder.dim).to(model.network.conv_in.weight.device)
 
 
 def add_image_prompt(model: Model) -> Model:

@@ -43,7 +43,7 @@ import torch
 from tqdm.auto import tqdm
 
 from datasets.aipos import load_photo
-from datasets.dish_films import FRAMES, MOTIONS
+from datasets.dish_films import FPS, FRAMES, MOTIONS
 from datasets.dishes import attributes, ingredient_names
 
 from .animation.camera import MOVES
@@ -51,7 +51,7 @@ from .animation.film import animate, mosaic, write_film
 from .command_line import check_writable, run_command
 from .demo_options import parse_options, read_mask
 from .files import write_atomically
-from .film_presets import FPS, generate_films
+from .film_presets import generate_films
 from .generate import generate_images, make_held_out_sheet, make_model_inpainter
 from .images import contact_sheet, encode_png, load_chinese_font
 from .inpainting.control_inpainter import make_control_inpainter

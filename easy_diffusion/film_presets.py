@@ -29,7 +29,6 @@ from .presets import REPAINT
 from .pretrained import Model
 
 MOTION = dict(heads=4, positions="circular")    # of the motion modules
-FPS = 8                 # frames per second: a film of 8 frames lasts a second
 BATCH = 8               # films per training step
 GPU_BATCH = 64
 

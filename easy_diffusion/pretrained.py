@@ -34,9 +34,10 @@ import torch
 from .diffusion.gaussian import GaussianDiffusion, velocity_weight
 from .diffusion.schedule import NoiseSchedule
 from .latent_space import fingerprint
-from .networks.audio_encoder import AudioEncoder, JointEncoder
+from .networks.audio_encoder import AudioEncoder
 from .networks.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
 from .networks.controlnet import compute_weights_checksum
+from .networks.joint_encoder import JointEncoder
 from .networks.motion import VideoUNet
 from .networks.text_encoder import CharacterEncoder
 from .networks.unet import UNet

@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 
-from datasets.dish_films import FRAMES, MOTIONS, DishFilms
+from datasets.dish_films import FPS, FRAMES, MOTIONS, DishFilms
 from datasets.dishes import dish_names
 
 from .animation.film import mosaic, write_film
 from .command_line import check_writable, run_command
 from .demo_options import add_training_options, check_training_options
-from .film_presets import BATCH, FPS, GPU_BATCH, Films, generate_films, inflate_model
+from .film_presets import BATCH, GPU_BATCH, Films, generate_films, inflate_model
 from .images import load_chinese_font
 from .presets import prepare_dishes, train_demo
 from .pretrained import Model, load_pixel_model, save_model

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.beat_films import BeatFilms
 from datasets.dish_references import ReferencedDishes
-from datasets.dish_sounds import BeatFilms, Cooking, cook_sound
+from datasets.dish_sounds import Cooking, cook_sound
 from datasets.dishes import Dishes
 from easy_diffusion.condition_presets import (
     add_audio_encoder,

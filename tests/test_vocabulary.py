@@ -106,7 +106,7 @@ ALLOWED = {
     ("datasets/dish_rendering.py", "piece"): INGREDIENTS,
     ("datasets/dish_scene.py", "piece"): INGREDIENTS,
     ("datasets/dish_films.py", "piece"): INGREDIENTS,
-    ("datasets/dish_sounds.py", "piece"): INGREDIENTS,
+    ("datasets/beat_films.py", "piece"): INGREDIENTS,
     ("datasets/dish_references.py", "piece"): INGREDIENTS,
     ("tests/datasets/test_dish_references.py", "piece"): INGREDIENTS,
     ("tests/datasets/test_dish_films.py", "piece"): INGREDIENTS,

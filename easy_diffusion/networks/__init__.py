@@ -11,7 +11,8 @@ In reading order:
     motion.py                     VideoUNet: motion modules make a UNet of films of one of images
     motion_weights.py             motion modules of AnimateDiff, in diffusers' files
     text_encoder.py               captions → context and mask: CharacterEncoder, CnClipEncoder
-    audio_encoder.py              sounds → context and mask; a sound beside a caption, beats
+    audio_encoder.py              sounds → context and mask
+    joint_encoder.py              two encoders as one; a condition for each frame of a film
     image_prompt.py               a reference image beside the caption: decoupled cross-attention
     autoencoder.py                Autoencoder, its posterior, and saving and loading it
     image_features.py             ImageFeatures: features of photographs, of a trained network
@@ -25,7 +26,7 @@ load_sound the packages soundfile and soxr.
 
 from .attention_kernels import attend, attention_weights
 from .attention_maps import attention_edited, attention_maps, token_maps
-from .audio_encoder import AudioEncoder, BeatEncoder, JointEncoder, load_sound
+from .audio_encoder import AudioEncoder, load_sound
 from .autoencoder import Autoencoder, Posterior, load_autoencoder, save_autoencoder
 from .blocks import (
     Attention,
@@ -41,6 +42,7 @@ from .controlnet import Control, Controlled, ControlNet, ControlTraining
 from .fast_unet import FastUNet, KeyValueCache, make_fast
 from .image_features import ImageFeatures
 from .image_prompt import ImageEncoder, ImagePromptUNet
+from .joint_encoder import BeatEncoder, JointEncoder
 from .motion import MotionModule, VideoUNet
 from .stable_diffusion_weights import (
     load_stable_diffusion,

@@ -17,7 +17,8 @@ in the batch, which are padded with silence.
 
 A sound is a waveform: float32 [N] in [-1, 1], SAMPLE_RATE values a second.
 
-The file needs torch; `load_sound` also needs the packages soundfile and soxr.
+The file needs torch and, beside it, attention_kernels.py and blocks.py; `load_sound` also needs the
+packages soundfile and soxr.
 
 >>> encoder = AudioEncoder(dim=64)
 >>> noise = 0.1 * torch.randn(SAMPLE_RATE)                  # one second
@@ -33,14 +34,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .blocks import timestep_embedding
+
 SAMPLE_RATE = 16_000    # Hz
 N_FFT = 512             # samples of a frame, 32 ms
 HOP = 160               # samples from one frame to the next, 10 ms
 MELS = 64
 FLOOR = 1e-6            # power below which a filter is silent: a sine of amplitude 1e-5
 STRIDE = 16             # frames of a token, 160 ms
-MIN_LOUDNESS = 1e-4     # of a sound file, the largest absolute value
-SILENT = 1e-2           # of S - log10(FLOOR), over 5; more than the rounding of half precision
+SILENT = 0.05           # decades above FLOOR below which a token is silent
+MIN_LOUDNESS = 1e-4     # of a sound file: its largest absolute value, below which it is silent
 
 
 # ---------------------------------------------------------------- spectrogram
@@ -119,13 +122,14 @@ class AudioEncoder(nn.Module):
 
     def encode(self, spectrogram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Context and mask of log-mel spectrograms [B, MELS, frames], whole tokens of frames."""
-        h = (spectrogram - math.log10(FLOOR)) / 5                           # 0 is silence
-        loudest = h.amax(dim=1).unflatten(1, (-1, STRIDE)).amax(dim=2)      # [B, L - 1]
-        h = h.to(self.start.dtype)
+        decades = spectrogram - math.log10(FLOOR)                           # 0 is silence
+        loudest = decades.amax(dim=1).unflatten(1, (-1, STRIDE)).amax(dim=2)    # [B, L - 1]
+        h = (decades / 5).to(self.start.dtype)                              # about 0 … 2
         for conv in self.convs:
             h = F.gelu(conv(h))                                             # the frames halve
         h = h.transpose(1, 2)                                               # [B, L - 1, D]
-        h = h + embed_positions(h.shape[1], self.dim, h.device).to(h.dtype)
+        positions = torch.arange(h.shape[1], device=h.device)
+        h = h + timestep_embedding(positions, self.dim).to(h.dtype)
         start = self.start.expand(len(h), 1, -1)
         mask = F.pad(loudest > SILENT, (1, 0), value=True)                  # [B, L]
         context = torch.cat([start, h], dim=1)                              # [B, L, D]
@@ -148,87 +152,6 @@ def check_sound(sound) -> torch.Tensor:
     if not sound.isfinite().all():
         raise ValueError("the sound has values that are not finite")
     return sound.float() if len(sound) else torch.zeros(1)
-
-
-def embed_positions(length: int, dim: int, device=None) -> torch.Tensor:
-    """Sinusoidal embedding of the positions 0 … length - 1: float32 [length, dim].
-
-    All sines, then all cosines (Vaswani et al., "Attention Is All You Need", 2017, section 3.5).
-    """
-    frequencies = 10_000 ** (-torch.arange(dim // 2, device=device) / (dim // 2))
-    angles = torch.arange(length, device=device)[:, None] * frequencies     # [length, dim/2]
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-# ---------------------------------------------------------------- a sound beside a caption
-
-
-class JointEncoder(nn.Module):
-    """Two encoders as one: pairs (a, b) → the context and mask of a, followed by those of b.
-
-    Either part of a pair can be left out by its encoder's `uncond`.
-
-    first, second: encoders with the same `dim`, else ValueError.
-    """
-
-    def __init__(self, first: nn.Module, second: nn.Module):
-        super().__init__()
-        if first.dim != second.dim:
-            raise ValueError(f"the encoders differ in dim: {first.dim} and {second.dim}")
-        self.first = first
-        self.second = second
-        self.dim = first.dim
-        self.uncond = (first.uncond, second.uncond)
-
-    def forward(self, pairs: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = zip(*check_pairs(pairs))
-        contexts, masks = zip(self.first(list(first)), self.second(list(second)))
-        return torch.cat(contexts, dim=1), torch.cat(masks, dim=1)
-
-
-class BeatEncoder(nn.Module):
-    """Pairs (caption, beats) → a context [B, F, L, D] for each frame of a film, and its mask.
-
-    The last token of frame f is a linear function of its beat. A VideoUNet takes such a context.
-
-    beats: a tensor, float [F] in [0, 1], of the same F in a batch, else ValueError; None: without,
-        all frames alike. If all pairs of a batch have None, the context is [B, L, D], that of the
-        captions.
-
-    encoder: of the captions.
-    """
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder
-        self.dim = encoder.dim
-        self.beat = nn.Linear(1, encoder.dim)
-        self.uncond = (encoder.uncond, None)
-
-    def forward(self, pairs: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
-        captions, beats = zip(*check_pairs(pairs))
-        context, mask = self.encoder(list(captions))                        # [B, L - 1, D]
-        given = [beat is not None for beat in beats]
-        if not any(given):
-            return context, mask
-        frames = len(beats[given.index(True)])
-        for beat in beats:
-            if beat is not None and tuple(getattr(beat, "shape", ())) != (frames,):
-                raise ValueError(f"beats are a float tensor [{frames}] for all films, not {beat!r}")
-        values = [torch.zeros(frames) if beat is None else torch.as_tensor(beat) for beat in beats]
-        tokens = self.beat(torch.stack(values).to(context)[..., None])      # [B, F, D]
-        has_beat = torch.tensor(given, device=mask.device)[:, None, None].expand(-1, frames, 1)
-        context = context[:, None].expand(-1, frames, -1, -1)
-        mask = mask[:, None].expand(-1, frames, -1)
-        return torch.cat([context, tokens[:, :, None]], dim=2), torch.cat([mask, has_beat], dim=2)
-
-
-def check_pairs(pairs: list) -> list:
-    """Return pairs, or raise ValueError for captions that are none."""
-    for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ValueError(f"this encoder takes pairs, not {pair!r}")
-    return pairs
 
 
 # ---------------------------------------------------------------- files

@@ -12,7 +12,7 @@ adapter changes no bit of the output.
 two contexts are concatenated, that of the image first, so that an ImagePromptUNet is called like
 any other network:
 
-    encoder = JointEncoder(image_encoder, text_encoder)             (audio_encoder.py)
+    encoder = JointEncoder(image_encoder, text_encoder)             (joint_encoder.py)
     context, mask = encoder([(image, "番茄鸡蛋"), ("", "豆腐")])
 
 The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py, unet.py,

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from datasets.beat_films import BeatFilms
 from datasets.dish_films import draw_film
-from datasets.dish_sounds import BeatFilms
 from easy_diffusion.evaluation.film_metrics import (
     MotionClassifier,
     correlate,

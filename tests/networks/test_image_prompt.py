@@ -7,13 +7,13 @@ import torch
 
 from easy_diffusion.diffusion.gaussian import GaussianDiffusion
 from easy_diffusion.diffusion.schedule import NoiseSchedule
-from easy_diffusion.networks.audio_encoder import JointEncoder
 from easy_diffusion.networks.blocks import Attention
 from easy_diffusion.networks.image_prompt import (
     DecoupledAttention,
     ImageEncoder,
     ImagePromptUNet,
 )
+from easy_diffusion.networks.joint_encoder import JointEncoder
 from easy_diffusion.networks.text_encoder import CharacterEncoder
 from easy_diffusion.networks.unet import UNet
 from easy_diffusion.training.trainer import train
