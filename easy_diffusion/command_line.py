@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+RESUMES = "interrupted; the same command resumes from the last checkpoint, if there is one"
 EXPECTED_ERRORS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
 
 

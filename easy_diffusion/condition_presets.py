@@ -32,6 +32,7 @@ from .networks.image_prompt import ImageEncoder, ImagePromptUNet
 from .networks.joint_encoder import BeatEncoder, JointEncoder
 from .presets import train_or_load
 from .pretrained import Model
+from .training.checkpoint import load_checkpoint
 
 
 def add_audio_encoder(model: Model) -> Model:
@@ -80,14 +81,31 @@ def train_condition(
 
     model: it ends with its EMA weights, in eval mode.
     dataset: items are (image or film, caption as the encoder takes it). changes: see `train_demo`.
+
+    Raises ValueError for a checkpoint of a training in which other weights were frozen.
     """
     network, encoder, diffusion, _ = model
+    if checkpoint.exists():
+        check_frozen(model, checkpoint)
     losses = train_or_load(
         network, encoder, diffusion, dataset, checkpoint, minutes, batch_size=batch_size, **changes
     )
     network.eval()
     encoder.eval()
     return len(losses)
+
+
+def check_frozen(model: Model, checkpoint: Path) -> None:
+    """Raise ValueError unless the frozen weights of a model are those of the checkpoint."""
+    saved = load_checkpoint(checkpoint)["models"]
+    parts = torch.nn.ModuleDict({"network": model.network, "encoder": model.encoder})
+    for name, weight in parts.named_parameters():
+        if weight.requires_grad or name not in saved:
+            continue
+        if not torch.equal(saved[name], weight.cpu()):
+            raise ValueError(
+                f"{checkpoint} belongs to a training with other --weights; give another --out"
+            )
 
 
 def hear_dishes(names: list[str], seed: int = 0) -> list[tuple]:

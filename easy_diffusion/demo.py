@@ -48,19 +48,19 @@ from datasets.dishes import attributes, ingredient_names
 
 from .animation.camera import MOVES
 from .animation.film import animate, mosaic, write_film
-from .command_line import check_writable, run_command
+from .command_line import run_command
+from .command_setup import prepare_command
 from .demo_options import parse_options, read_mask
 from .files import write_atomically
 from .film_presets import generate_films
 from .generate import generate_images, make_held_out_sheet, make_model_inpainter
-from .images import contact_sheet, encode_png, load_chinese_font
+from .images import contact_sheet, encode_png
 from .inpainting.control_inpainter import make_control_inpainter
 from .inpainting.stable_diffusion_inpainter import make_stable_diffusion_inpainter
 from .inpainting.stable_diffusion_pipeline import load_pipeline
 from .networks.controlnet import load_controlnet
 from .pretrained import load_model, load_sound_model, read_training
 from .training.data_loader import derive_seed
-from .training.distributed import check_gpu
 
 
 def make_caption(options, name: str):
@@ -115,38 +115,16 @@ def make_inpainters(options, model, name: str, move: str) -> tuple:
 def main(arguments=None) -> int:
     """Generate, animate; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
-    check_gpu()
-    check_writable(options.out)
+    prepare_command(options.out)
     start = time.perf_counter()
-    load_chinese_font(12)       # raises here, rather than at the end, if there is no font
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     print_plan(options)
     if options.motion:
         for path in write_motion_films(options):
             print(f"wrote {path}")
         return 0
-    pipeline = load_pipeline(options.sd, options.sd_config) if options.inpainter == "sd" else None
-
-    # Networks. A photograph that Stable Diffusion inpaints needs none.
+    model, inpainting_model = load_networks(options)
     written = []
-    model = None
-    if not options.image or options.inpainter != "sd":
-        load = load_sound_model if options.sound else load_model
-        model = load(options.weights, options.size)
-    inpainting_model = model if pipeline is None else pipeline
-    if options.inpainter == "control":
-        if model.autoencoder is not None:
-            raise ValueError(
-                f"the network of {options.size} pixels works on latents; --inpainter control needs "
-                "one that works on pixels, such as that of --size 64"
-            )
-        controlnet, kind = load_controlnet(options.controlnet, model.network)
-        if kind != "inpaint":
-            raise ValueError(
-                f"{options.controlnet} was trained with --control {kind}; "
-                "--inpainter control needs one of --control inpaint"
-            )
-        inpainting_model = (model, controlnet)
 
     # Dishes, uint8 [H, W, 3] each
     if options.image:
@@ -186,6 +164,37 @@ def main(arguments=None) -> int:
         print(f"wrote {path}")
     print(f"{time.perf_counter() - start:.0f} s in all")
     return 0
+
+
+def load_networks(options) -> tuple:
+    """Load (what generates, what inpaints), for `generate_images` and `make_inpainters`.
+
+    A photograph that Stable Diffusion inpaints needs no model: the first is None.
+    """
+    if options.inpainter == "sd":
+        pipeline = load_pipeline(options.sd, options.sd_config)
+        return (None if options.image else load_text_model(options)), pipeline
+    model = load_text_model(options)
+    if options.inpainter == "own":
+        return model, model
+    if model.autoencoder is not None:
+        raise ValueError(
+            f"the network of {options.size} pixels works on latents; --inpainter control needs "
+            "one that works on pixels, such as that of --size 64"
+        )
+    controlnet, kind = load_controlnet(options.controlnet, model.network)
+    if kind != "inpaint":
+        raise ValueError(
+            f"{options.controlnet} was trained with --control {kind}; "
+            "--inpainter control needs one of --control inpaint"
+        )
+    return model, (model, controlnet)
+
+
+def load_text_model(options):
+    """Load the model of --weights, which with --sound takes pairs (sound, name)."""
+    load = load_sound_model if options.sound else load_model
+    return load(options.weights, options.size)
 
 
 def print_plan(options) -> None:

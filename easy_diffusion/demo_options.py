@@ -1,8 +1,7 @@
 """The options of python -m easy_diffusion.demo: --help, defaults, and what is refused.
 
 `parse_options` turns a command line into a namespace. `read_mask` reads the image of --mask, which
-the options are checked with, too. demo.py is the command. `add_training_options` adds what the
-commands train_control, train_motion and train_sound have in common.
+the options are checked with, too. demo.py is the command.
 
 >>> options = parse_options(["番茄炒鸡蛋", "清炒土豆", "--size", "64"])
 >>> options.names, options.size, options.move
@@ -10,7 +9,6 @@ commands train_control, train_motion and train_sound have in common.
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from datasets.dish_sounds import SECONDS
 from .animation.camera import MOVES
 from .animation.film import FORMATS
 from .command_line import check_ranges
+from .command_setup import check_size
 from .diffusion.schedule import NoiseSchedule
 from .networks.audio_encoder import load_sound
 from .presets import SIZE
@@ -229,44 +228,6 @@ def check_options(parser: argparse.ArgumentParser, options) -> None:
             options.waveform = load_sound(options.sound, SECONDS)
         except (OSError, ValueError) as error:
             parser.error(f"--sound: {error}")
-
-
-def add_training_options(group, minutes: float, batch_size: int, out: str, items: str) -> None:
-    """Add the options of the commands that train more for a text-to-image model of pixels.
-
-    minutes, batch_size, out: the defaults. items: of a batch, such as "images".
-    """
-    group.add_argument("--minutes", type=float, default=minutes, help="training time")
-    group.add_argument(
-        "--size", type=int, default=SIZE, help="height and width of the model's images in pixels"
-    )
-    group.add_argument(
-        "--batch-size", type=int, default=batch_size, help=f"{items} per training step"
-    )
-    group.add_argument(
-        "--weights", type=Path, default=WEIGHTS, metavar="FOLDER",
-        help="folder with the text-to-image model, which was trained on pixels",
-    )
-    group.add_argument(
-        "--out", type=Path, default=Path(out), metavar="FOLDER",
-        help="folder for the data, the checkpoint and the results",
-    )
-
-
-def check_training_options(parser: argparse.ArgumentParser, options, **ranges) -> None:
-    """End the program with a message if an option of `add_training_options` is out of range.
-
-    ranges: (lowest, highest) of further options, by name.
-    """
-    check_size(parser, options.size)
-    ranges |= {"minutes": (1e-3, math.inf), "batch_size": (1, math.inf)}
-    check_ranges(parser, options, ranges)
-
-
-def check_size(parser: argparse.ArgumentParser, size: int) -> None:
-    """End the program with a message if the demo's networks cannot have this image size."""
-    if size % 8 or not 32 <= size <= 512:
-        parser.error(f"--size must be a multiple of 8 from 32 to 512, not {size}")
 
 
 def check_photo(parser: argparse.ArgumentParser, options) -> None:

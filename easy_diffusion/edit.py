@@ -28,17 +28,17 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .command_line import check_ranges, check_writable, run_command
+from .command_line import check_ranges, run_command
+from .command_setup import prepare_command
 from .diffusion.guidance import clipped, guided
 from .diffusion.prediction import normal_noise
 from .diffusion.samplers import ddim
 from .editing import ddim_inversion, prompt_to_prompt, regional, sdedit
 from .files import write_atomically
 from .generate import load_x0, sample_shape, to_images
-from .images import contact_sheet, encode_png, load_chinese_font
+from .images import contact_sheet, encode_png
 from .pretrained import WEIGHTS, Model, find_sizes, load_model
 from .training.data_loader import derive_seed
-from .training.distributed import check_gpu
 
 METHODS = ("attention", "sdedit", "regional")
 INVERSION_ITERATIONS = 3
@@ -121,9 +121,7 @@ def parse_options(arguments) -> argparse.Namespace:
 def main(arguments=None) -> int:
     """Edit; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
-    check_gpu()
-    check_writable(options.out)
-    load_chinese_font(12)       # raises here, rather than at the end, if there is no font
+    prepare_command(options.out)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     model = load_model(options.weights, options.size)
     source, result = edit(options, model)

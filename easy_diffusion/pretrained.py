@@ -36,12 +36,17 @@ from .diffusion.schedule import NoiseSchedule
 from .latent_space import fingerprint
 from .networks.audio_encoder import AudioEncoder
 from .networks.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
-from .networks.controlnet import compute_weights_checksum
 from .networks.joint_encoder import JointEncoder
 from .networks.motion import VideoUNet
 from .networks.text_encoder import CharacterEncoder
 from .networks.unet import UNet
-from .networks.weights_io import load_tree, load_weights, save_tree
+from .networks.weights_io import (
+    check_unet,
+    compute_weights_checksum,
+    load_tree,
+    load_weights,
+    save_tree,
+)
 from .training.distributed import default_device
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"   # the models of this repository
@@ -226,8 +231,7 @@ def load_sound_model(folder=WEIGHTS, size: int | None = None) -> Model:
     saved = load_tree(path)
     if not isinstance(saved, dict) or "audio_encoder_settings" not in saved:
         raise ValueError(f"{path} is a checkpoint, but not an audio encoder")
-    if saved["unet"] != compute_weights_checksum(model.network):
-        raise ValueError(f"{path} was trained for a UNet with other weights than this one")
+    check_unet(path, saved["unet"], model.network)
     encoder = AudioEncoder(**saved["audio_encoder_settings"])
     load_weights(encoder, saved["weights"])
     encoder = encoder.eval().to(model.network.conv_in.weight.device)

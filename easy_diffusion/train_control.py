@@ -27,11 +27,11 @@ import torch
 
 from datasets.dish_controls import CHANNELS, ControlledDishes
 
-from .command_line import check_writable, run_command
-from .demo_options import add_training_options, check_training_options
+from .command_line import RESUMES, run_command
+from .command_setup import add_training_options, check_training_options, prepare_command
 from .files import write_atomically
 from .generate import generate_images
-from .images import contact_sheet, encode_png, load_chinese_font
+from .images import contact_sheet, encode_png
 from .inpainting.control_inpainter import CONTROL_CHANNELS
 from .masked_dishes import MaskedDishes
 from .networks.controlnet import (
@@ -44,7 +44,6 @@ from .networks.controlnet import (
 from .presets import DISHES, default_batch_size, train_demo
 from .pretrained import Model, load_pixel_model
 from .training.checkpoint import load_checkpoint, load_ema_weights
-from .training.distributed import check_gpu
 from .training.progress import track_progress
 
 INPAINT = "inpaint"
@@ -81,9 +80,7 @@ def parse_options(arguments) -> argparse.Namespace:
 def main(arguments=None) -> int:
     """Train a ControlNet; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
-    check_gpu()
-    check_writable(options.out)
-    load_chinese_font(12)       # raises here, rather than after the training, if there is no font
+    prepare_command(options.out)
     model = load_pixel_model(options.weights, options.size)
     name = f"{options.control}_{options.size}"
     controlnet = train_controlnet(options, model, options.out / f"training_{name}.safetensors")
@@ -155,6 +152,4 @@ def show_control(control: torch.Tensor, kind: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main, "interrupted; the same command resumes from the last checkpoint, if there is one"
-    ))
+    sys.exit(run_command(main, RESUMES))

@@ -37,11 +37,11 @@ from matplotlib.figure import Figure
 
 from datasets.dishes import dish_names
 
-from .command_line import check_ranges, check_writable, run_command
-from .demo_options import check_size
+from .command_line import RESUMES, check_ranges, run_command
+from .command_setup import check_size, prepare_command
 from .files import write_atomically
 from .generate import make_held_out_sheet
-from .images import encode_png, load_chinese_font
+from .images import encode_png
 from .networks.autoencoder import load_autoencoder
 from .networks.weights_io import load_weights
 from .presets import (
@@ -68,7 +68,6 @@ from .pretrained import (
     save_model,
 )
 from .training.checkpoint import load_checkpoint
-from .training.distributed import check_gpu
 
 
 def parse_options(arguments) -> argparse.Namespace:
@@ -143,9 +142,7 @@ def parse_options(arguments) -> argparse.Namespace:
 def main(arguments=None) -> int:
     """Train, export the weights, compare; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
-    check_gpu()
-    check_writable(options.out)
-    load_chinese_font(12)       # raises here, rather than after the training, if there is no font
+    prepare_command(options.out)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
@@ -238,7 +235,4 @@ def plot_loss(losses: list[float]) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main,
-        "interrupted; the same command resumes from the last checkpoint, if there is one",
-    ))
+    sys.exit(run_command(main, RESUMES))

@@ -47,7 +47,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from .command_line import check_writable, run_command
+from .command_line import RESUMES, check_writable, run_command
 from .files import write_atomically
 from .train_options import parse_options
 from .train_setup import (
@@ -292,7 +292,4 @@ def run_training(options, steps, settings: dict, accelerator) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main,
-        "interrupted; the same command resumes from the last checkpoint, if there is one",
-    ))
+    sys.exit(run_command(main, RESUMES))

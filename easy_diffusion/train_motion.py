@@ -28,14 +28,12 @@ from datasets.dish_films import FPS, FRAMES, MOTIONS, DishFilms
 from datasets.dishes import dish_names
 
 from .animation.film import mosaic, write_film
-from .command_line import check_writable, run_command
-from .demo_options import add_training_options, check_training_options
+from .command_line import RESUMES, run_command
+from .command_setup import add_training_options, check_training_options, prepare_command
 from .film_presets import BATCH, GPU_BATCH, Films, generate_films, inflate_model
-from .images import load_chinese_font
 from .presets import prepare_dishes, train_demo
 from .pretrained import Model, load_pixel_model, save_model
 from .training.checkpoint import load_checkpoint, load_ema_weights
-from .training.distributed import check_gpu
 from .training.progress import track_progress
 
 SHOWN = 4                       # held-out dishes on the sheet, for each motion
@@ -74,9 +72,7 @@ def parse_options(arguments) -> argparse.Namespace:
 def main(arguments=None) -> int:
     """Train a model of films; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
-    check_gpu()
-    check_writable(options.out)
-    load_chinese_font(12)       # raises here, rather than after the training, if there is no font
+    prepare_command(options.out)
     model = load_pixel_model(options.weights, options.size)
     films = prepare_dishes(
         options.out / f"films_{options.size}_{options.frames}", options.films, options.size,
@@ -134,6 +130,4 @@ def write_films(path: Path, model: Model, size: int, frames: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main, "interrupted; the same command resumes from the last checkpoint, if there is one"
-    ))
+    sys.exit(run_command(main, RESUMES))

@@ -37,13 +37,13 @@ from pathlib import Path
 import torch
 
 from . import photo_presets
-from .command_line import check_ranges, check_writable, run_command
-from .demo_options import check_size
+from .command_line import RESUMES, check_ranges, run_command
+from .command_setup import check_size, prepare_command
 from .evaluation.metrics import psnr, ssim
 from .evaluation.photo_classifier import PhotoMetrics, compute_features, nearest_neighbours
 from .files import write_atomically
 from .generate import generate_images
-from .images import contact_sheet, encode_png, load_chinese_font
+from .images import contact_sheet, encode_png
 from .networks.autoencoder import Autoencoder, load_autoencoder
 from .photo_presets import Photographs
 from .presets import (
@@ -55,7 +55,7 @@ from .presets import (
 )
 from .pretrained import WEIGHTS, Model, autoencoder_path, save_model
 from .training.checkpoint import load_checkpoint, load_ema_weights
-from .training.distributed import check_gpu, default_device
+from .training.distributed import default_device
 from .training.progress import track_progress
 
 EVALUATION_SEED = 1000      # of the samples that are measured
@@ -127,9 +127,7 @@ def parse_options(arguments) -> argparse.Namespace:
 def main(arguments=None) -> int:
     """Train on a folder of photographs; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
-    check_gpu()
-    check_writable(options.out)
-    load_chinese_font(12)       # raises here, rather than after the training, if there is no font
+    prepare_command(options.out)
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
 
     if options.initial_weights and not options.initial_weights.is_dir():
@@ -279,7 +277,4 @@ def write_neighbours(
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main,
-        "interrupted; the same command resumes from the last checkpoint, if there is one",
-    ))
+    sys.exit(run_command(main, RESUMES))

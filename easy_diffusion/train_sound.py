@@ -30,16 +30,14 @@ from datasets.dish_scene import WAYS
 from datasets.dish_sounds import SAMPLE_RATE, Cooking, cook_sound
 from datasets.dishes import HELD_OUT_PAIRS, draw_dish
 
-from .command_line import check_writable, run_command
+from .command_line import RESUMES, run_command
+from .command_setup import add_training_options, check_training_options, prepare_command
 from .condition_presets import add_audio_encoder, train_condition
-from .demo_options import add_training_options, check_training_options
 from .files import atomic_path, write_atomically
 from .generate import generate_images
-from .images import contact_sheet, encode_png, load_chinese_font
-from .networks.controlnet import compute_weights_checksum
+from .images import contact_sheet, encode_png
 from .presets import DISHES, default_batch_size, prepare_dishes
 from .pretrained import Model, load_pixel_model, save_audio_encoder, save_model
-from .training.distributed import check_gpu
 
 SHOWN = 3                       # held-out pairs on the sheet
 SEED = 10 ** 9                  # of the sounds that are shown, larger than those of the training
@@ -71,12 +69,8 @@ def parse_options(arguments) -> argparse.Namespace:
 def main(arguments=None) -> int:
     """Train an audio encoder; see the module's docstring. Returns the exit status."""
     options = parse_options(arguments)
-    check_gpu()
-    check_writable(options.out)
-    load_chinese_font(12)       # raises here, rather than after the training, if there is no font
+    prepare_command(options.out)
     model = load_pixel_model(options.weights, options.size)
-    weights = options.out / "weights"
-    checksum = compute_weights_checksum(model.network)
     dishes = prepare_dishes(options.out / f"dishes_{options.size}", options.dishes, options.size)
     torch.manual_seed(0)
     model = add_audio_encoder(model)
@@ -84,10 +78,7 @@ def main(arguments=None) -> int:
     steps = train_condition(
         model, Cooking(dishes), options.minutes, options.batch_size, checkpoint
     )
-    if compute_weights_checksum(model.network) != checksum:
-        raise ValueError(
-            f"{checkpoint} belongs to a training with other --weights; give another --out"
-        )
+    weights = options.out / "weights"
     save_model(weights, options.size, model._replace(encoder=model.encoder.second))
     save_audio_encoder(weights, options.size, model, {"steps": steps})
     sheet = options.out / f"heard_{options.size}.png"
@@ -122,6 +113,4 @@ def write_sounds(folder: Path, sounds: dict[str, np.ndarray]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(
-        main, "interrupted; the same command resumes from the last checkpoint, if there is one"
-    ))
+    sys.exit(run_command(main, RESUMES))

@@ -22,8 +22,8 @@ LAYERS = [
     {"presets", "pretrained", "generate", "dish_classifier", "photo_presets", "notebook",
      "masked_dishes", "film_presets", "condition_presets"},
     {
-        "demo", "demo_options", "train_demo", "train_photos", "train_control", "train_motion",
-        "train_sound", "classify", "edit",
+        "command_setup", "demo", "demo_options", "train_demo", "train_photos", "train_control",
+        "train_motion", "train_sound", "classify", "edit",
         "app", "app_requests", "train_model", "train_options", "train_setup",
     },
 ]

@@ -24,8 +24,8 @@ and inpainters take it as it is:
 
 `ControlTraining` is the network for the training, whose batches have the control as an extra.
 
-The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py, unet.py,
-stable_diffusion_weights.py and weights_io.py.
+The file needs torch, safetensors and, beside it, attention_kernels.py, blocks.py, motion.py,
+unet.py, stable_diffusion_weights.py and weights_io.py.
 
 >>> unet = UNet(channels=(64, 128), context_dim=16)
 >>> controlnet = ControlNet.from_unet(unet, control_channels=4)
@@ -43,9 +43,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks import zero_init
+from .motion import frames_to_batch
 from .stable_diffusion_weights import load_stable_diffusion
 from .unet import UNet
-from .weights_io import compute_checksum, load_tree, load_weights, save_tree
+from .weights_io import check_unet, compute_weights_checksum, load_tree, load_weights, save_tree
 
 
 class ControlNet(UNet):
@@ -247,20 +248,9 @@ def control_frames(controlnet: ControlNet, x, t, control, context, mask) -> list
         raise ValueError(
             f"the control of a film is [B, C, F, H, W], not of the shape {tuple(control.shape)}"
         )
-    batch, frames = len(x), x.shape[2]
-
-    def repeat(y, per_frame=False):
-        """One row for each frame of each film."""
-        if y is None:
-            return None
-        y = y.expand(batch, *y.shape[1:])
-        return y.flatten(0, 1) if per_frame else y.repeat_interleave(frames, dim=0)
-
-    per_frame = context is not None and context.ndim == 4
-    control = control.expand(batch, *control.shape[1:])
-    images, controls = (film.transpose(1, 2).flatten(0, 1) for film in (x, control))
-    context, mask = repeat(context, per_frame), repeat(mask, per_frame)
-    return controlnet(images, repeat(t), controls, context, mask)
+    controls = control.expand(len(x), *control.shape[1:]).transpose(1, 2).flatten(0, 1)
+    images, t, context, mask = frames_to_batch(x, t, context, mask)
+    return controlnet(images, t, controls, context, mask)
 
 
 class Frozen:
@@ -321,17 +311,10 @@ def load_controlnet(path, unet: UNet) -> tuple[ControlNet, str]:
     saved = load_tree(path)
     if not isinstance(saved, dict) or "controlnet" not in saved:
         raise ValueError(f"{path} is a checkpoint, but not one of a ControlNet")
-    if saved["unet"] != compute_weights_checksum(unet):
-        raise ValueError(f"{path} was trained for a UNet with other weights than this one")
+    check_unet(path, saved["unet"], unet)
     controlnet = ControlNet(**saved["controlnet"])
     load_weights(controlnet, saved["weights"])
     return controlnet.to(unet.conv_in.weight).eval(), saved["note"]
-
-
-def compute_weights_checksum(unet: UNet) -> str:
-    """The checksum of a UNet's weights, rounded to half precision."""
-    weights = {name: tensor.detach().cpu().half() for name, tensor in unet.state_dict().items()}
-    return compute_checksum(weights)
 
 
 # ---------------------------------------------------------------- scales

@@ -210,26 +210,9 @@ class VideoUNet(UNet):
         dtype = self.conv_in.weight.dtype
         frames = x.shape[2]
 
-        def repeat(y, per_frame=False):
-            """One row for each frame of each film; a row for all films stays one."""
-            if per_frame:                                           # [B or 1, F, ...]
-                return y.expand(len(x), *y.shape[1:]).flatten(0, 1)
-            if y is None or (len(y) == 1 and len(x) > 1):
-                return y
-            return y.repeat_interleave(frames, dim=0)
-
-        # The frames become images; t and the context are repeated for each of them.
-        h = x.to(dtype).transpose(1, 2).flatten(0, 1)               # [B·F, C, H, W]
-        per_frame = context is not None and context.ndim == 4
-        if per_frame and context.shape[1] != frames:
-            raise ValueError(f"a context of {context.shape[1]} frames does not fit {frames}")
-        if mask is not None and mask.shape[1:] != context.shape[1:-1]:
-            raise ValueError(
-                f"a mask {tuple(mask.shape)} does not fit a context {tuple(context.shape)}"
-            )
-        context = None if context is None else repeat(context.to(dtype), per_frame)
-        mask = repeat(mask, per_frame and mask is not None)
-        time_embedding = self.embed_time(repeat(t), context, mask)
+        h, t, context, mask = frames_to_batch(x.to(dtype), t, context, mask)
+        context = None if context is None else context.to(dtype)
+        time_embedding = self.embed_time(t, context, mask)
 
         # As in UNet.forward, with a motion module after the blocks of each stage
         h = self.conv_in(F.pixel_unshuffle(h, self.patch))
@@ -254,3 +237,35 @@ class VideoUNet(UNet):
         h = self.conv_out(F.silu(self.norm_out(h)))
         h = F.pixel_shuffle(h, self.patch)                          # [B·F, C, H, W]
         return h.unflatten(0, (-1, frames)).transpose(1, 2)         # [B, C, F, H, W]
+
+
+def frames_to_batch(x, t, context=None, mask=None) -> tuple:
+    """The inputs of a VideoUNet as those of a UNet whose images are the frames.
+
+    x: films [B, C, F, H, W] → [B·F, C, H, W].
+    t: [B] or [1] → [B·F].
+    context, mask: [B, L, D] and [B, L], or [B, F, L, D] and [B, F, L], a context for each frame →
+        [B·F, L, D] and [B·F, L]. One row for all films stays one.
+
+    Raises ValueError for a context of another number of frames, and a mask of another shape.
+    """
+    batch, frames = len(x), x.shape[2]
+    per_frame = context is not None and context.ndim == 4
+    if per_frame and context.shape[1] != frames:
+        raise ValueError(f"a context of {context.shape[1]} frames does not fit {frames}")
+    if mask is not None and mask.shape[1:] != context.shape[1:-1]:
+        raise ValueError(
+            f"a mask {tuple(mask.shape)} does not fit a context {tuple(context.shape)}"
+        )
+
+    def repeat(y):
+        """The rows of a context or a mask for all frames."""
+        if y is None or (len(y) == 1 and batch > 1 and not per_frame):
+            return y
+        if per_frame:
+            return y.expand(batch, *y.shape[1:]).flatten(0, 1)
+        return y.repeat_interleave(frames, dim=0)
+
+    images = x.transpose(1, 2).flatten(0, 1)
+    t = t.expand(batch).repeat_interleave(frames)
+    return images, t, repeat(context), repeat(mask)

@@ -87,6 +87,21 @@ def compute_checksum(tensors: dict[str, torch.Tensor]) -> str:
     return f"{checksum:08x}"
 
 
+def compute_weights_checksum(network: torch.nn.Module) -> str:
+    """The checksum of a network's weights, rounded to half precision."""
+    state = network.state_dict()
+    return compute_checksum({name: tensor.cpu().half() for name, tensor in state.items()})
+
+
+def check_unet(path, checksum: str, unet: torch.nn.Module) -> None:
+    """Raise ValueError unless the file `path` was made for this UNet.
+
+    checksum: `compute_weights_checksum` of the UNet that it was made for, as the file holds it.
+    """
+    if checksum != compute_weights_checksum(unet):
+        raise ValueError(f"{path} was trained for a UNet with other weights than this one")
+
+
 @contextlib.contextmanager
 def atomic_path(path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` on success and is removed on an error.
